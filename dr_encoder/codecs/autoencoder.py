@@ -1,0 +1,233 @@
+"""The published convolutional ResNet auto-encoder at 1/64 (DR-Encoder, arXiv 2412.17053, after CG-FedLLM, 2405.13746).
+
+An update is divided by its prior's scale of each factor, zero-padded and laid out as an image [1, H, W]. Six stride-2
+convolutions halve it to 64 channels of H/64 x W/64, three residual blocks and a Tanh follow: H W / 64 numbers. The
+decoder mirrors this. The papers leave the widths in between open; narrow ones at high resolution let two CPU cores fit
+it in a minute.
+
+Two choices here are ours. No layer has a bias, so a zero update gets the zero code, the zero code decodes to no change,
+and the decoder scales with its code (a cohort's mean code is much smaller than a single one). Nothing normalises over
+the batch, so that a unit's code depends on that unit alone.
+
+Sharp edge: convolutions look for local structure. A prior of independent coordinates has none: no code of 1/64 keeps
+more than 1/64 of its energy, and this one keeps less (measured figures in `fit`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dr_encoder.codecs.base import Codec, register, wiener_gain
+from dr_encoder.fitting import Progress, fit_to_samples
+from dr_encoder.layout import AdapterLayout
+from dr_encoder.priors import GaussianPrior
+
+RATIO = 64
+WIDTHS = (4, 8, 16, 32, 64, 64)
+_BLOCKS = 3
+_SLOPE = 0.5
+_LONGEST_SIDE = 4
+_UNITS_AT_ONCE = 8
+_VARIANCE_SAMPLES = 8
+
+
+def image_shape(update_size: int) -> tuple[int, int]:
+    """The smallest H x W >= update_size with both sides multiples of 64 and W at most four times H."""
+    if update_size < 1:
+        raise ValueError(f"Expected update_size={update_size} >= 1")
+    side = RATIO
+    for tiles in itertools.count(math.ceil(update_size / side**2)):
+        for rows in range(math.isqrt(tiles), 0, -1):
+            if tiles % rows == 0 and tiles <= _LONGEST_SIDE * rows**2:
+                return rows * side, tiles // rows * side
+    raise AssertionError("a square number of tiles always fits")
+
+
+def required_code_size(update_size: int) -> int:
+    """The code length k that an update of n numbers gets: the padded length / 64 (a little over n / 64)."""
+    height, width = image_shape(update_size)
+    return height * width // RATIO
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(act(conv(x))), same shape."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image + self.second(functional.leaky_relu(self.first(image), _SLOPE))
+
+
+class ConvAutoEncoder(nn.Module):
+    """Images [units, 1, H, W] <-> codes [units, H W / 64]."""
+
+    def __init__(self, shape: tuple[int, int], widths: tuple[int, ...]):
+        super().__init__()
+        if len(widths) != 6 or widths[-1] != RATIO:
+            raise ValueError(f"Expected widths={list(widths)} to be six channel counts, the last of them 64")
+        self.rows, self.columns = shape[0] // RATIO, shape[1] // RATIO
+        sizes = list(itertools.pairwise((1, *widths)))
+        down = [nn.Conv2d(a, b, 4, stride=2, padding=1, bias=False) for a, b in sizes]
+        up = [nn.ConvTranspose2d(b, a, 4, stride=2, padding=1, bias=False) for a, b in reversed(sizes)]
+        self.down = nn.Sequential(*_activated(down), *(ResidualBlock(RATIO) for _ in range(_BLOCKS)))
+        self.up = nn.Sequential(*(ResidualBlock(RATIO) for _ in range(_BLOCKS)), *_activated(up))
+        self.to(memory_format=torch.channels_last)
+
+    def encoder(self, images: Tensor) -> Tensor:
+        latent = torch.tanh(self.down(images.contiguous(memory_format=torch.channels_last)))
+        return rearrange(latent, "units channel row column -> units (channel row column)")
+
+    def decoder(self, codes: Tensor) -> Tensor:
+        shape = {"row": self.rows, "column": self.columns}
+        latent = rearrange(codes, "units (channel row column) -> units channel row column", **shape)
+        return self.up(latent.contiguous(memory_format=torch.channels_last))
+
+
+@register("autoencoder")
+class AutoEncoderCodec(Codec):
+    """The network, the scale of each factor, and the variance of a code's coordinates under the prior.
+
+    Formal guarantees: none of its own. A code's norm is at most sqrt(k) (Tanh); the caller clips codes to C.
+    """
+
+    def __init__(self, network: ConvAutoEncoder, factor_std: Tensor, factor_sizes: Tensor, code_variance: Tensor):
+        self.network = network.eval().requires_grad_(False)
+        self.factor_std, self.factor_sizes, self.code_variance = factor_std, factor_sizes, code_variance
+        self.losses: list[float] = []
+        self._scale = factor_std.repeat_interleave(factor_sizes)
+        self.update_size = len(self._scale)
+        self.shape = (network.rows * RATIO, network.columns * RATIO)
+        self.code_size = len(code_variance)
+
+    @classmethod
+    def fit(
+        cls,
+        prior: GaussianPrior | None,
+        layout: AdapterLayout,
+        code_size: int | None,
+        noise_std: float,
+        seed: int,
+        *,
+        steps: int = 200,
+        batch_size: int = 1,
+        learning_rate: float = 1e-3,
+        widths: tuple[int, ...] = WIDTHS,
+        progress: Progress | None = None,
+    ) -> AutoEncoderCodec:
+        """Fit to samples of the prior; the same prior, seed and options give the same codec.
+
+        Args:
+            prior: any structure; a factor of scale 0 is left out (its part of every decoded update is 0).
+            code_size: None, or exactly `required_code_size(layout.size)`.
+            noise_std: DP noise of a mean code's coordinate in clip norms, put into the loop.
+            steps, batch_size, learning_rate: of Adam on the reconstruction error, see `fitting.fit_to_samples`. The papers'
+                rate is 2e-4, over far more steps; 1e-3 keeps more after a few hundred. One image holds so many patches
+                that a batch of one is enough.
+            widths: channels after each of the six convolutions, the last 64.
+            progress: called as progress(step, steps, loss).
+        Raises:
+            ValueError: without a prior, or for another code size.
+        """
+        if prior is None:
+            raise ValueError("Expected a prior: the auto-encoder is fitted to its samples")
+        wanted = required_code_size(layout.size)
+        if code_size not in (None, wanted):
+            raise ValueError(f"Expected code_size={code_size} = {wanted}: 1/64 of the padded update of {layout.size}")
+        shape = image_shape(layout.size)
+        generator = torch.Generator().manual_seed(seed)
+        network = ConvAutoEncoder(shape, tuple(widths))
+        _initialise(network, generator)
+        sizes = torch.tensor([factor.size for factor in layout.factors])
+        codec = cls(network, prior.std.float().clone(), sizes, torch.ones(wanted))
+
+        def images(count: int, source: torch.Generator) -> Tensor:
+            return codec._to_images(prior.sample(count, source))
+
+        network.requires_grad_(True)
+        codec.losses = fit_to_samples(
+            network,
+            images,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            noise_std=noise_std,
+            generator=generator,
+            progress=progress,
+        )
+        network.requires_grad_(False)
+        codec.code_variance = codec._channel_variance(prior.sample(_VARIANCE_SAMPLES, generator))
+        return codec
+
+    @torch.no_grad()
+    def encode(self, updates: Tensor) -> Tensor:
+        return torch.cat([self.network.encoder(self._to_images(part)) for part in updates.split(_UNITS_AT_ONCE)])
+
+    @torch.no_grad()
+    def decode(self, mean_code: Tensor, noise_std: float = 0.0) -> Tensor:
+        shrunk = mean_code * wiener_gain(mean_code, noise_std, self.code_variance)
+        return self._to_updates(self.network.decoder(shrunk.float()[None]))[0]
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        weights = {f"network.{key}": value.contiguous() for key, value in self.network.state_dict().items()}
+        own = {"factor_std": self.factor_std, "factor_sizes": self.factor_sizes, "code_variance": self.code_variance}
+        widths = [layer.out_channels for layer in self.network.down if isinstance(layer, nn.Conv2d)]
+        return {**weights, **own}, {"shape": list(self.shape), "widths": widths}
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> AutoEncoderCodec:
+        network = ConvAutoEncoder(tuple(meta["shape"]), tuple(meta["widths"]))
+        weights = {key.removeprefix("network."): value for key, value in tensors.items() if key.startswith("network.")}
+        network.load_state_dict(weights)
+        return cls(network, tensors["factor_std"], tensors["factor_sizes"], tensors["code_variance"])
+
+    def _to_images(self, updates: Tensor) -> Tensor:
+        whitened = torch.where(self._scale > 0, updates / self._scale, 0.0)
+        padded = functional.pad(whitened, (0, math.prod(self.shape) - self.update_size))
+        return rearrange(padded, "units (row column) -> units 1 row column", row=self.shape[0])
+
+    def _to_updates(self, images: Tensor) -> Tensor:
+        flat = rearrange(images, "units 1 row column -> units (row column)")
+        return flat[:, : self.update_size] * self._scale
+
+    def _channel_variance(self, updates: Tensor) -> Tensor:
+        """Mean square of each code coordinate, pooled over the positions of a channel: [k]."""
+        codes = rearrange(self.encode(updates), "units (channel place) -> channel (units place)", channel=RATIO)
+        return codes.square().mean(1).repeat_interleave(self.code_size // RATIO)
+
+
+def _activated(layers: list[nn.Module]) -> list[nn.Module]:
+    """Layers with an activation between, none after the last."""
+    return [part for layer in layers for part in (layer, nn.LeakyReLU(_SLOPE))][:-1]
+
+
+def _initialise(network: ConvAutoEncoder, generator: torch.Generator) -> None:
+    """Start as a near-orthonormal code and its adjoint, from the generator alone.
+
+    Each convolution starts as orthonormal filters on separate 2 x 2 patches, each transposed one as the adjoint of its
+    partner, each residual block as the identity. From a usual random start hundreds of steps keep nothing.
+    """
+    down = [layer for layer in network.down if isinstance(layer, nn.Conv2d)]
+    up = [layer for layer in network.up if isinstance(layer, nn.ConvTranspose2d)]
+    for encoding, decoding in zip(down, reversed(up), strict=True):
+        outputs, inputs = encoding.weight.shape[:2]
+        tall = torch.randn(max(outputs, 4 * inputs), min(outputs, 4 * inputs), generator=generator)
+        filters = torch.linalg.qr(tall).Q if outputs >= 4 * inputs else torch.linalg.qr(tall).Q.T
+        patches = rearrange(filters, "filter (channel height width) -> filter channel height width", height=2, width=2)
+        weight = functional.pad(patches, (1, 1, 1, 1))
+        encoding.weight.data.copy_(weight)
+        decoding.weight.data.copy_(weight)
+    for block in network.modules():
+        if isinstance(block, ResidualBlock):
+            deviation = math.sqrt(2 / (1 + _SLOPE**2) / block.first.weight[0].numel())
+            block.first.weight.data.normal_(0.0, deviation, generator=generator)
+            block.second.weight.data.zero_()

@@ -1,0 +1,118 @@
+"""The codec protocol, its registry, and its file format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dr_encoder.layout import AdapterLayout
+from dr_encoder.priors import GaussianPrior
+
+
+class Codec:
+    """A map of updates to codes and of the mean noisy code back.
+
+    Attributes:
+        name: the registered family.
+        update_size, code_size: n and k.
+        linear: whether decode is linear for noise_std 0, so that decoding a mean equals the mean of decoded codes.
+        orthonormal: whether the rows of the encoder are orthonormal (then noise before or after encoding is the same in the code).
+    """
+
+    name: ClassVar[str]
+    linear: ClassVar[bool] = False
+    orthonormal: ClassVar[bool] = False
+    needs_prior: ClassVar[bool] = True
+    update_size: int
+    code_size: int
+
+    @classmethod
+    def fit(
+        cls, prior: GaussianPrior | None, layout: AdapterLayout, code_size: int, noise_std: float, seed: int, **options: Any
+    ) -> Codec:
+        """Fit to a prior: sees the prior and a seed, nothing else. `noise_std`: DP noise of a mean code's coordinate in clip norms."""
+        raise NotImplementedError
+
+    def encode(self, updates: Tensor) -> Tensor:
+        """Updates [units, n] -> codes [units, k], float32."""
+        raise NotImplementedError
+
+    def decode(self, mean_code: Tensor, noise_std: float = 0.0) -> Tensor:
+        """Mean code [k], with noise of `noise_std` in each coordinate, -> update [n]."""
+        raise NotImplementedError
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and the JSON-able values that define the codec."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Codec:
+        """Inverse of `state`."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """16 hex digits over everything that defines the codec: equal on every party that holds the same one."""
+        tensors, meta = self.state()
+        digest = hashlib.sha256(json.dumps([self.name, meta], sort_keys=True).encode())
+        for key in sorted(tensors):
+            digest.update(key.encode())
+            digest.update(tensors[key].contiguous().numpy())
+        return digest.hexdigest()[:16]
+
+
+CODECS: dict[str, type[Codec]] = {}
+
+
+def register(name: str) -> Callable[[type[Codec]], type[Codec]]:
+    """Make a codec family known under `name`."""
+
+    def add(cls: type[Codec]) -> type[Codec]:
+        cls.name = name
+        CODECS[name] = cls
+        return cls
+
+    return add
+
+
+def save(codec: Codec, path: Path) -> None:
+    """Write a codec as one safetensors file."""
+    tensors, meta = codec.state()
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path, {"codec": codec.name, "meta": json.dumps(meta)})
+
+
+def load(path: Path) -> Codec:
+    """Read a codec that `save` wrote."""
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    return CODECS[header["codec"]].from_state(tensors, json.loads(header["meta"]))
+
+
+def check_code_size(code_size: int, update_size: int) -> None:
+    """Raise ValueError unless 1 <= code_size <= update_size."""
+    if not 1 <= code_size <= update_size:
+        raise ValueError(f"Expected 1 <= code_size={code_size} <= {update_size}, the size of the update")
+
+
+def wiener_gain(mean_code: Tensor, noise_std: float, prior_variance: Tensor, least: float = 0.1) -> Tensor:
+    """Shrink factor v_j / (v_j + s^2) of each coordinate of a noisy mean code: free post-processing.
+
+    mean_code: the noisy mean code [k]; noise_std: s, its noise; prior_variance: [k], of one unit's code, known up to scale.
+    The cohort mean's variance is v = a * prior_variance, with one scale a matched to the noisy code itself, sum(c^2 - s^2) = a sum(prior),
+    but not below the a that would shrink the whole code to `least`.
+    """
+    if noise_std == 0:
+        return torch.ones_like(mean_code)
+    noise = noise_std**2
+    floor = least * noise * len(mean_code)
+    scale = max(float((mean_code.double().square() - noise).sum()), floor) / float(prior_variance.double().sum())
+    variance = scale * prior_variance
+    return variance / (variance + noise)

@@ -1,0 +1,74 @@
+"""The closed-form linear code of a prior: projection on its principal subspace.
+
+Of all linear codes of k numbers the one that keeps most of the prior's energy projects on the top k eigenvectors of its second moment
+(Eckart-Young). For a diagonal prior those are the coordinates of largest variance: see `coordinate`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dr_encoder.codecs.base import Codec, check_code_size, register, wiener_gain
+from dr_encoder.codecs.coordinate import CoordinateCodec
+from dr_encoder.layout import AdapterLayout
+from dr_encoder.priors import GaussianPrior
+
+
+@register("linear")
+class LinearCodec(Codec):
+    """Orthonormal rows [k, n]; the variance of a unit's code under the prior [k]."""
+
+    linear = True
+    orthonormal = True
+
+    def __init__(self, basis: Tensor, variance: Tensor):
+        self.basis, self.variance = basis, variance
+        self.code_size, self.update_size = basis.shape
+
+    @classmethod
+    def fit(
+        cls, prior: GaussianPrior | None, layout: AdapterLayout, code_size: int, noise_std: float, seed: int, **options: Any
+    ) -> Codec:
+        """Principal subspace of the prior; for a diagonal prior the coordinates of largest variance.
+
+        Raises ValueError where the prior's rows span fewer than `code_size` directions.
+        """
+        check_code_size(code_size, layout.size)
+        if prior.structure == "diagonal":
+            return CoordinateCodec.fit(prior, layout, code_size, noise_std, seed)
+        return cls(*principal_subspace(prior.rows, code_size))
+
+    def encode(self, updates: Tensor) -> Tensor:
+        return updates @ self.basis.T
+
+    def decode(self, mean_code: Tensor, noise_std: float = 0.0) -> Tensor:
+        return (mean_code * wiener_gain(mean_code, noise_std, self.variance)) @ self.basis
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {"basis": self.basis, "variance": self.variance}, {}
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> LinearCodec:
+        return cls(tensors["basis"], tensors["variance"])
+
+
+def principal_subspace(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Top `rank` eigenvectors of rows^T rows / count as orthonormal rows [rank, n], and their eigenvalues [rank].
+
+    By the Gram matrix of the rows, so that nothing of size n x n is formed.
+    Raises ValueError where the rows span fewer directions.
+    """
+    gram = rows @ rows.T
+    values, vectors = torch.linalg.eigh(gram.double())
+    values, vectors = values.flip(0), vectors.flip(1)
+    spanned = int((values > 1e-6 * values[0]).sum())
+    if rank > spanned:
+        raise ValueError(f"Expected code_size={rank} <= {spanned}, the number of directions the prior's {len(rows)} rows span")
+    mix = vectors[:, :rank] / values[:rank].sqrt()
+    basis = mix.float().T @ rows
+    # Rounding of small eigenvalues costs orthogonality, and the privacy of `noise_in: update` rests on it.
+    orthonormal, triangle = torch.linalg.qr(basis.T)
+    return (orthonormal * triangle.diagonal().sign()).T.contiguous(), (values[:rank] / len(rows)).float()

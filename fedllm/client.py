@@ -1,0 +1,51 @@
+"""The client's side of a private sum: vectors of its units -> sum -> noise share -> quantize -> message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dr_encoder.message import pack
+from dr_encoder.quantize import quantize
+from fedllm.privacy.clipping import clip_bits, clip_units
+from fedllm.privacy.noise import Noise
+from fedllm.release import PrivateSum
+
+Encode = Callable[[Tensor], Tensor]  # [units, n] -> [units, size]
+
+
+def unit_vectors(updates: Tensor, encode: Encode, spec: PrivateSum) -> Tensor:
+    """What each unit adds to its client's sum: updates [units, n] -> clipped vectors of norm at most spec.sensitivity.
+
+    `noise_in: code` encodes, then clips, [units, size]; `noise_in: update` clips the update itself, [units, n]. With an adaptive clip
+    the last coordinate is the unit's bit, +-1/2 of spec.bit_weight; it shares the event's noise.
+    Raises FloatingPointError for a non-finite update without privacy; under privacy such a unit becomes the zero vector.
+    """
+    vectors = updates if spec.noise_in == "update" else encode(updates)
+    if not spec.private:
+        if not torch.isfinite(vectors).all():
+            raise FloatingPointError("a client's update is not finite")
+        return vectors
+    clipped = clip_units(vectors, spec.clip)
+    if spec.bit_weight == 0:
+        return clipped
+    bits = clip_bits(vectors, spec.clip) * spec.bit_weight
+    return torch.cat([clipped, bits[:, None].to(clipped.dtype)], dim=1)
+
+
+def message(vector: Tensor, spec: PrivateSum, client: int, noise: Noise, encode: Encode) -> bytes:
+    """The bytes one client sends.
+
+    vector: sum of its units' clipped vectors. With `noise_in: update` the encoder follows the noise, as post-processing.
+    """
+    key = {"stage": spec.stage, "round": spec.round, "client": client}
+    noisy = vector.double().numpy()
+    if spec.share_std > 0:
+        noisy = noisy + noise.gaussian(noisy.shape, spec.share_std, purpose="share", **key)
+    if spec.noise_in == "update":
+        noisy = encode(torch.from_numpy(noisy).float()[None])[0].double().numpy()
+    uniforms = noise.uniform(noisy.shape, purpose="rounding", **key) if spec.bits != 32 else np.zeros(0)
+    return pack(spec.header(client), quantize(noisy, spec.scale, spec.bits, uniforms))

@@ -1,0 +1,295 @@
+"""The experiment config: typed dataclasses, read from YAML with `key=value` overrides. A wrong key or type is an error that names it."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from fedllm.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    name: str = "smollm2-135m"  # demo asset, hub id, folder or GGUF file
+    dtype: str = "auto"  # auto (the faster of the two, measured) | float32 | bfloat16
+
+
+@dataclass
+class ColumnsConfig:
+    text: str = "text"
+    label: str = "label"
+    user: str | None = None
+
+
+@dataclass
+class TaskConfig:
+    kind: str = "labels"  # labels (label words of a causal LM) | classify (a head) | text (next token)
+    source: str = "movie-reviews"  # demo asset, hub id, or a csv, tsv, jsonl or parquet file
+    test: str | None = None  # held-out file; without it the source's own test part, or a seeded split
+    public: str | None = "newsgroups"
+    eval_examples: int = 2000
+    monitor_examples: int = 200  # of these, how many are looked at after each round
+    max_length: int = 64
+    prompt: str | None = None
+    words: list[str] | None = None
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+
+
+@dataclass
+class LoraConfig:
+    r: int = 8
+    alpha: float = 16
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    train: str = "both"  # both | b (A stays at its random start)
+
+
+@dataclass
+class PartitionConfig:
+    kind: str = "iid"  # iid | dirichlet | column
+    alpha: float = 0.5
+
+
+@dataclass
+class LocalConfig:
+    steps: int = 1  # 1: the gradient itself; more: steps of SGD, the update is the weight delta
+    lr: float = 1.0
+
+
+@dataclass
+class ServerConfig:
+    optimizer: str = "adam"  # sgd | momentum | adam
+    lr: float = 1e-3
+    momentum: float = 0.9
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+
+
+@dataclass
+class FederationConfig:
+    clients: int = 2000
+    expected_cohort: int = 100
+    max_cohort: int | None = None
+    unit_sampling_rate: float | None = None
+    rounds: int = 10
+    transport: str = "simulation"
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+
+@dataclass
+class CodecConfig:
+    family: str = "linear"
+    prior: str = "public"
+    code_size: int | None = 128  # null: what the family fixes (identity: n, autoencoder: 1/64)
+    refresh: int = 3  # refit every this many rounds (prior: public); 0: never
+    bits: int = 16  # 8 | 16 | 32 (float32, not quantized)
+    public_examples: int = 160  # public gradients at each fit; a fifth is held out for the clip norm
+    warmup_rounds: int = 2  # stage 1 (prior: moments)
+    warmup_public_steps: int = 3  # steps on public text before stage 1: at LoRA's start B = 0 and A's gradient is exactly zero
+    fit_steps: int = 200  # auto-encoder
+
+
+@dataclass
+class TargetConfig:
+    adversary: str = "release"  # release | server
+    epsilon: float = 8.0
+    delta: float = 1e-4
+
+
+@dataclass
+class ClipConfig:
+    mode: str = "fixed"  # fixed | adaptive
+    norm: Any = "auto"  # auto: the median norm of public pseudo-units' codes; or a number
+    quantile: float = 0.5
+    lr: float = 0.2
+    bit_multiplier: float = 10.0  # noise multiplier of the adaptive clip's bits
+
+
+@dataclass
+class PrivacyConfig:
+    enabled: bool = True
+    target: TargetConfig = field(default_factory=TargetConfig)
+    unit: str = "client"  # client | user
+    noise: str = "distributed"  # distributed | local | central
+    noise_in: str = "code"  # code | update
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    stage1_share: float = 0.05
+
+
+@dataclass
+class EngineConfig:
+    name: str = "torch"
+    batch_tokens: int = 2048
+
+
+@dataclass
+class ParallelConfig:
+    mode: str = "none"
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    method: str = "dr_encoder"
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    seed: int | None = None
+    output_dir: str = "runs/quickstart"
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides and the method's parts, check it.
+
+    Raises UserError (one line, with the nearest right key) for an unknown key, a wrong type or a combination that makes no sense.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    from fedllm.methods import apply_method
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file")
+    try:
+        given = OmegaConf.load(path)
+        for override in overrides:
+            if "=" not in override or override.startswith("="):
+                raise UserError(f"{override!r}: expected key=value, for example federation.rounds=20")
+        extra = OmegaConf.from_dotlist(list(overrides))
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {_first_line(error)}") from None
+    if not OmegaConf.is_dict(given):
+        raise UserError(f"{path}: expected a mapping of config keys, such as method: dr_encoder")
+    for part, where in ((given, str(path)), (extra, "command line")):
+        check_keys(OmegaConf.to_container(part), Config, where)
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given, extra))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise UserError(f"{path}: {key + ': ' if key else ''}{_first_line(error)}") from None
+    config = apply_method(config)
+    check(config)
+    return config
+
+
+def check_keys(given: Any, schema: type, where: str, prefix: str = "") -> None:
+    """Raise UserError with the nearest right key for any key the dataclass `schema` does not have."""
+    known = {item.name: item for item in fields(schema)}
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1, 0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"expected one of {', '.join(known)}"
+            raise UserError(f"{where}: unknown config key {prefix}{key}; {hint}")
+        factory = known[key].default_factory
+        if is_dataclass(factory):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {prefix}{key} expected a mapping, got {value!r}")
+            check_keys(value, factory, where, f"{prefix}{key}.")
+
+
+def one_of(key: str, value: Any, allowed: Any) -> None:
+    """Raise UserError unless `value` is one of the allowed names."""
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), [str(name) for name in allowed], 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{key}={value}: expected one of {', '.join(str(name) for name in allowed)}{hint}")
+
+
+def in_range(key: str, value: float, low: float, high: float = float("inf"), open_low: bool = False, open_high: bool = False) -> None:
+    """Raise UserError unless low <= value <= high (or <, where open)."""
+    good = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
+    if not good:
+        bounds = f"{low:g} {'<' if open_low else '<='} {key}" + ("" if high == float("inf") else f" {'<' if open_high else '<='} {high:g}")
+        raise UserError(f"{key}={value}: expected {bounds}")
+
+
+def check(config: Config) -> None:
+    """Raise UserError for a value out of range or a combination that makes no sense: the one allow-list."""
+    from fedllm.methods import check_combination
+
+    fed, privacy, codec, task = config.federation, config.privacy, config.codec, config.task
+    one_of("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
+    one_of("task.kind", task.kind, ("labels", "classify", "text"))
+    one_of("lora.train", config.lora.train, ("both", "b"))
+    one_of("federation.partition.kind", fed.partition.kind, ("iid", "dirichlet", "column"))
+    one_of("federation.server.optimizer", fed.server.optimizer, ("sgd", "momentum", "adam"))
+    one_of("codec.bits", codec.bits, (8, 16, 32))
+    one_of("privacy.unit", privacy.unit, ("client", "user"))
+    one_of("privacy.noise", privacy.noise, ("distributed", "local", "central"))
+    one_of("privacy.noise_in", privacy.noise_in, ("code", "update"))
+    one_of("privacy.clip.mode", privacy.clip.mode, ("fixed", "adaptive"))
+    one_of("privacy.target.adversary", privacy.target.adversary, ("release", "server"))
+    one_of("engine.name", config.engine.name, ("torch",))
+    one_of("parallel.mode", config.parallel.mode, ("none",))
+    in_range("federation.clients", fed.clients, 1)
+    in_range("federation.rounds", fed.rounds, 1)
+    in_range("federation.local.steps", fed.local.steps, 1)
+    in_range("federation.local.lr", fed.local.lr, 0, open_low=True)
+    in_range("federation.server.lr", fed.server.lr, 0, open_low=True)
+    in_range("federation.partition.alpha", fed.partition.alpha, 0, open_low=True)
+    in_range("lora.r", config.lora.r, 1)
+    in_range("lora.alpha", config.lora.alpha, 0, open_low=True)
+    in_range("task.eval_examples", task.eval_examples, 1)
+    in_range("task.monitor_examples", task.monitor_examples, 1)
+    in_range("task.max_length", task.max_length, 8)
+    in_range("engine.batch_tokens", config.engine.batch_tokens, 64)
+    in_range("codec.refresh", codec.refresh, 0)
+    in_range("codec.public_examples", codec.public_examples, 5)
+    in_range("codec.warmup_rounds", codec.warmup_rounds, 1)
+    in_range("codec.warmup_public_steps", codec.warmup_public_steps, 0)
+    in_range("codec.fit_steps", codec.fit_steps, 1)
+    in_range("privacy.target.epsilon", privacy.target.epsilon, 0, open_low=True)
+    in_range("privacy.target.delta", privacy.target.delta, 0, 1, open_low=True, open_high=True)
+    in_range("privacy.stage1_share", privacy.stage1_share, 0, 1, open_low=True, open_high=True)
+    in_range("privacy.clip.quantile", privacy.clip.quantile, 0, 1, open_low=True, open_high=True)
+    in_range("privacy.clip.lr", privacy.clip.lr, 0, open_low=True)
+    in_range("privacy.clip.bit_multiplier", privacy.clip.bit_multiplier, 0.5, open_low=True)
+    if len(fed.server.betas) != 2 or not all(0 <= beta < 1 for beta in fed.server.betas):
+        raise UserError(f"federation.server.betas={fed.server.betas}: expected two numbers, 0 <= beta < 1")
+    if codec.code_size is not None:
+        in_range("codec.code_size", codec.code_size, 1)
+    norm = privacy.clip.norm
+    if norm != "auto" and (isinstance(norm, bool) or not isinstance(norm, int | float) or not 0 < norm < float("inf")):
+        raise UserError(f"privacy.clip.norm={norm}: expected auto or a number above 0")
+    if privacy.unit == "client":
+        if not 1 <= fed.expected_cohort <= fed.clients:
+            raise UserError(
+                f"federation.expected_cohort={fed.expected_cohort}: expected 1 <= expected_cohort <= {fed.clients}, the number of clients"
+            )
+        if fed.max_cohort is not None and not fed.expected_cohort <= fed.max_cohort <= fed.clients:
+            raise UserError(
+                f"federation.max_cohort={fed.max_cohort}: expected between expected_cohort={fed.expected_cohort} and clients={fed.clients}"
+            )
+    else:
+        if fed.unit_sampling_rate is None:
+            raise UserError("federation.unit_sampling_rate: expected a rate in (0, 1] with privacy.unit=user, got null")
+        in_range("federation.unit_sampling_rate", fed.unit_sampling_rate, 0, 1, open_low=True)
+        if task.columns.user is None:
+            raise UserError("task.columns.user: expected the column that names the user with privacy.unit=user, got null")
+    if task.public is not None and task.public == task.source:
+        raise UserError(f"task.public={task.public}: expected a source other than the task's own; private text is never public")
+    if task.public is None:
+        if codec.prior == "public" and codec.family != "identity":
+            raise UserError("task.public: expected a source of public text for codec.prior=public, got null")
+        if privacy.enabled and norm == "auto":
+            raise UserError("privacy.clip.norm=auto: expected task.public to take it from, or a number")
+    check_combination(config)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML that `load_config` reads back."""
+    from omegaconf import OmegaConf
+
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,354 @@
+"""The rounds: the one stateful loop, to be read beside the paper (DR-Encoder, arXiv 2412.17053).
+
+    stage 1   W warm-up rounds of private moments -> Gaussian prior -> codec         (or a prior from public text, at no cost)
+    stage 2   T rounds: cohort -> local update -> code -> clip -> noise -> sum -> decode once -> server step
+
+The ledger entry of a round is on disk before its cohort is drawn. Nothing here prints or stores a value that depends on private data
+otherwise than through a noisy mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+from torch import Tensor
+
+from dr_encoder import codecs, moments
+from dr_encoder.codecs import Codec
+from dr_encoder.priors import GaussianPrior, factor_rms, from_moments
+from fedllm import evaluation, public
+from fedllm.checkpoint import Checkpoints
+from fedllm.config import Config
+from fedllm.errors import RunStopped
+from fedllm.monitor import Monitor
+from fedllm.privacy import adversaries, guard
+from fedllm.privacy.calibration import update_multiplier
+from fedllm.privacy.clipping import next_clip, noisy_fraction
+from fedllm.privacy.ledger import Ledger
+from fedllm.privacy.noise import Noise
+from fedllm.release import PrivateSum
+from fedllm.server import ServerOptimizer, noisy_mean
+from fedllm.setting import Setting
+from fedllm.stopwatch import Stopwatch
+from fedllm.transports import TRANSPORTS
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a checkpoint carries besides tensors; JSON-able, and all of it public."""
+
+    rounds: int = 0
+    warmup_rounds: int = 0
+    started: bool = False  # the model before training has been evaluated
+    clip: float | None = None
+    codec: str | None = None  # fingerprint
+    prior: str = "none"
+    before: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    stopped: str | None = None  # why fewer rounds than planned were run
+
+
+class Federation:
+    """One run from its first round, or from its last checkpoint, to its end."""
+
+    def __init__(
+        self,
+        config: Config,
+        setting: Setting,
+        ledger: Ledger,
+        checkpoints: Checkpoints,
+        monitor: Monitor,
+        watch: Stopwatch,
+    ):
+        self.config, self.setting, self.ledger, self.checkpoints = config, setting, ledger, checkpoints
+        self.monitor, self.watch = monitor, watch
+        multipliers = ledger.header["noise_multipliers"]
+        self.stage1_multiplier, self.multiplier = multipliers["stage1"] or 0.0, multipliers["stage2"] or 0.0
+        self.engine = setting.engine
+        self.run_id: str = ledger.header["run"]
+        self.noise = Noise(config.seed)
+        self.transport = TRANSPORTS[config.federation.transport](setting, config.federation.local, self.noise, watch)
+        self.optimizer = ServerOptimizer(self.engine.adapter(), config.federation.server)
+        self.codec: Codec | None = None
+        self.moments: Tensor | None = None
+        self.progress = Progress()
+
+    # -- the run -----------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> Progress:
+        """Everything that is left to do; the adapter is in the engine afterwards."""
+        if not self.progress.started:
+            self.look_before()
+        if self.config.codec.prior == "moments" and self.codec is None:
+            self.stage1()
+        while self.progress.rounds < self.config.federation.rounds:
+            if not self.stage2_round():
+                break
+        return self.progress
+
+    def look_before(self) -> None:
+        """Loss and accuracy of the untrained model."""
+        with self.watch.phase("evaluation"):
+            whole, part = evaluation.look(self.setting, self.config, self.monitor.phase, "evaluating the untrained model")
+        self.progress.before = dataclasses.asdict(whole)
+        self.progress.history = [{"round": 0, **dataclasses.asdict(part)}]
+        self.progress.started = True
+        self.save()
+
+    def stage1(self) -> None:
+        """Private moments over warm-up rounds -> prior -> codec."""
+        settings = self.config.codec
+        if self.progress.warmup_rounds == 0:
+            with self.watch.phase("stage1"), self.monitor.phase(f"{settings.warmup_public_steps} steps on public text"):
+                # At LoRA's start B = 0, and the gradient of A is exactly zero: there would be nothing to take moments of.
+                public.warm_up(self.setting, self.config, self.public_seed, self.optimizer)
+        with self.watch.phase("stage1"):
+            rows = public.gradients(self.setting, self.config, self.public_seed, 0)
+        scale = factor_rms(self.engine.layout, rows.fit).clamp_min(1e-12)
+
+        def encode(updates: Tensor) -> Tensor:
+            return moments.unit_moments(updates, self.engine.layout, scale)
+
+        clip = public.clip_norm(rows, encode, self.config, self.unit_examples)
+        size = 2 * len(self.engine.layout.factors)
+        while self.progress.warmup_rounds < settings.warmup_rounds:
+            spec = self.spec(1, self.progress.warmup_rounds, "moments", "none", size, clip, self.stage1_multiplier, noise_in="code")
+            self.guard(spec)
+            with self.monitor.phase(f"stage 1, round {self.progress.warmup_rounds + 1} of {settings.warmup_rounds}: private moments"):
+                mean = self.private_mean(spec, encode)
+            self.moments = mean if self.moments is None else self.moments + mean
+            self.progress.warmup_rounds += 1
+            self.save()
+        with self.watch.phase("codec"):
+            mean, std = moments.moments_to_std(self.moments / settings.warmup_rounds, scale)
+            prior = from_moments(self.engine.layout, mean, std)
+        self.fit(prior, rows)
+        self.save()
+
+    def stage2_round(self) -> bool:
+        """One round; False where the budget does not allow it."""
+        fed, begun = self.config.federation, time.perf_counter()
+        number = self.progress.rounds
+        if self.config.codec.prior != "moments" and (self.codec is None or self.due(number)):
+            with self.watch.phase("local_training"), self.monitor.phase(f"round {number + 1}: public gradients"):
+                rows = public.gradients(self.setting, self.config, self.public_seed, number)
+            self.fit(rows.prior(self.engine.layout) if rows is not None else None, rows)
+        spec = self.stage2_spec(number)
+        if not self.allowed(spec):
+            self.progress.stopped = f"the budget allows no round after {number}"
+            self.monitor.say(f"stopped: {self.progress.stopped}; round {number + 1} would exceed the target")
+            return False
+        with self.monitor.phase(f"round {number + 1} of {fed.rounds}: local training"):
+            mean = self.private_mean(spec, self.codec.encode)
+        code = self.adapt_clip(mean, spec)
+        with self.watch.phase("codec"):
+            update = self.codec.decode(code, spec.mean_std)
+        with self.watch.phase("server"):
+            try:
+                self.engine.load(self.optimizer.step(update))
+            except FloatingPointError as error:
+                raise RunStopped(f"round {number + 1}: {error}; the state after round {number} is kept") from None
+        self.progress.rounds += 1
+        self.record(spec, code, begun)
+        self.save()
+        return True
+
+    # -- parts of a round ----------------------------------------------------------------------------------------------------------
+
+    def private_mean(self, spec: PrivateSum, encode) -> Tensor:
+        """One private sum over the clients: ledger, then cohort, messages, noise; the noisy mean [size]."""
+        with self.watch.phase("privacy"):
+            self.ledger.append(spec.ledger_entry(self.noise.rng))
+        with self.watch.phase("server"):
+            try:
+                return noisy_mean(self.transport.messages(spec, encode), spec, self.noise)
+            except FloatingPointError as error:
+                raise RunStopped(f"round {spec.round + 1}: {error}; the state after round {spec.round} is kept") from None
+
+    def fit(self, prior: GaussianPrior | None, rows: public.PublicGradients | None) -> None:
+        """Fit the codec to a prior, and take the clip norm from held-out public gradients."""
+        settings = self.config.codec
+        noise_std = self.multiplier / max(self.expected, 1.0)
+        with self.watch.phase("codec"), self.monitor.phase(f"fitting the {settings.family} codec"):
+            self.codec = codecs.CODECS[settings.family].fit(
+                prior,
+                self.engine.layout,
+                settings.code_size,
+                noise_std,
+                self.public_seed + self.progress.rounds,
+                steps=settings.fit_steps,
+            )
+            self.progress.codec = self.codec.fingerprint()
+            self.progress.prior = f"{prior.name}:{prior.fingerprint()}" if prior is not None else "none"
+            first = self.progress.clip is None
+            if self.config.privacy.enabled and (first or self.config.privacy.clip.mode == "fixed"):
+                whole = self.config.privacy.noise_in == "update"
+                self.progress.clip = public.clip_norm(
+                    rows, (lambda updates: updates) if whole else self.codec.encode, self.config, self.unit_examples
+                )
+            self.checkpoints.save_codec(self.codec, self.progress.codec)
+
+    def adapt_clip(self, mean: Tensor, spec: PrivateSum) -> Tensor:
+        """The code part of a mean; with an adaptive clip the bit's noisy mean moves the next round's clip norm."""
+        if spec.bit_weight == 0:
+            return mean
+        clip = self.config.privacy.clip
+        below = noisy_fraction(float(mean[-1]) / spec.bit_weight, 1.0)
+        self.progress.clip = next_clip(spec.clip, below, clip.quantile, clip.lr)
+        return mean[:-1]
+
+    def stage2_spec(self, number: int) -> PrivateSum:
+        """What round `number` will release."""
+        privacy = self.config.privacy
+        clip = self.progress.clip if privacy.enabled else float("inf")
+        weight = 0.0
+        if privacy.enabled and privacy.clip.mode == "adaptive":
+            shares = self.shares if privacy.noise == "local" else 1
+            of_sum = self.multiplier * shares**0.5
+            weight = clip * update_multiplier(of_sum, privacy.clip.bit_multiplier) / privacy.clip.bit_multiplier
+        size = self.codec.code_size + (weight > 0)
+        return self.spec(2, number, self.progress.codec, self.progress.prior, size, clip, self.multiplier, privacy.noise_in, weight)
+
+    def spec(
+        self,
+        stage: int,
+        number: int,
+        codec: str,
+        prior: str,
+        size: int,
+        clip: float,
+        multiplier: float,
+        noise_in: str,
+        bit_weight: float = 0.0,
+    ) -> PrivateSum:
+        """The public description of one private sum of this run."""
+        config = self.config
+        return PrivateSum(
+            run=self.run_id,
+            stage=stage,
+            round=number,
+            codec=codec,
+            prior=prior,
+            size=size,
+            clip=clip if config.privacy.enabled else float("inf"),
+            noise=config.privacy.noise,
+            noise_in=noise_in,
+            noise_multiplier=multiplier if config.privacy.enabled else 0.0,
+            shares=self.shares,
+            sampling_rate=self.sampling_rate,
+            max_cohort=config.federation.max_cohort if config.privacy.unit == "client" else None,
+            expected=self.expected,
+            unit=config.privacy.unit,
+            clients=self.setting.partition.clients,
+            bits=config.codec.bits,
+            bit_weight=bit_weight,
+        )
+
+    @property
+    def shares(self) -> int:
+        """Noise shares of every sum: of the largest cohort, or of all clients where all take part."""
+        return self.config.federation.max_cohort if self.config.privacy.unit == "client" else self.setting.partition.clients
+
+    @property
+    def sampling_rate(self) -> float:
+        return sampling_rate(self.config)
+
+    @property
+    def expected(self) -> float:
+        """Expected cohort, the divisor."""
+        return self.sampling_rate * self.setting.partition.unit_count
+
+    @property
+    def unit_examples(self) -> int:
+        """Examples of a typical unit, from the public sizes of the federation."""
+        return max(1, round(len(self.setting.train) / self.setting.partition.unit_count))
+
+    @property
+    def public_seed(self) -> int:
+        return public_seed(self.run_id, self.config)
+
+    def due(self, number: int) -> bool:
+        """Whether the codec is refitted before this round."""
+        refresh = self.config.codec.refresh
+        return refresh > 0 and number % refresh == 0
+
+    def allowed(self, spec: PrivateSum) -> bool:
+        """Whether the target still holds after this release."""
+        if not self.config.privacy.enabled:
+            return True
+        with self.watch.phase("privacy"):
+            return guard.may_run(self.ledger.header, self.ledger.entries, spec.ledger_entry(self.noise.rng))
+
+    def guard(self, spec: PrivateSum) -> None:
+        """Raise RunStopped where the target would not hold after this release."""
+        if not self.allowed(spec):
+            raise RunStopped(f"stage {spec.stage}, round {spec.round + 1}: would exceed the target, after repeated attempts")
+
+    # -- what is told and kept -----------------------------------------------------------------------------------------------------
+
+    def record(self, spec: PrivateSum, code: Tensor, begun: float) -> None:
+        """Tell and remember the round: public held-out figures and functions of the noisy mean."""
+        with self.watch.phase("evaluation"):
+            looked = evaluation.look_part(self.setting, self.config)
+        if not evaluation.finite(looked):
+            raise RunStopped(f"round {self.progress.rounds}: the public loss is not finite; the state after round {spec.round} is kept")
+        with self.watch.phase("privacy"):
+            release = adversaries.epsilon_release(self.ledger.header, self.ledger.entries)
+            server = adversaries.epsilon_server(self.ledger.header, self.ledger.entries)
+        norm, noise = float(code.norm()), spec.mean_std * len(code) ** 0.5
+        signal = max(norm**2 - noise**2, 0.0) ** 0.5
+        entry = {
+            "round": self.progress.rounds,
+            "accuracy": looked.accuracy,
+            "loss": looked.loss,
+            "epsilon_release": release.epsilon,
+            "epsilon_server": server.epsilon,
+            "noise_to_signal": noise / signal if signal > 0 else None,
+            "aggregate_norm": norm,
+            "clip": spec.clip if spec.private else None,
+            "uplink_bytes_per_client": evaluation.message_bytes(spec),
+            "downlink_bytes_per_client": evaluation.adapter_bytes(self.engine.adapter()),
+            "seconds": round(time.perf_counter() - begun, 3),
+        }
+        self.progress.history.append(entry)
+        self.monitor.round(entry)
+
+    def save(self) -> None:
+        """Checkpoint: all a resumed run needs."""
+        with self.watch.phase("server"):
+            tensors = self.optimizer.state()
+            if self.moments is not None:
+                tensors["moments"] = self.moments
+            self.progress.seconds = self.watch.total()
+            self.progress.seconds.pop("total")
+            step = self.progress.warmup_rounds + self.progress.rounds + int(self.codec is not None)
+            self.checkpoints.save(step, tensors, dataclasses.asdict(self.progress))
+            self.checkpoints.keep_codec(self.progress.codec)
+
+    def restore(self) -> None:
+        """Back to the last checkpoint, where there is one."""
+        found = self.checkpoints.latest()
+        if found is None:
+            return
+        tensors, facts = found
+        self.progress = Progress(**facts)
+        self.watch.seconds.update(self.progress.seconds)
+        self.optimizer.restore(tensors)
+        self.engine.load(tensors["adapter"])
+        self.moments = tensors.get("moments")
+        if self.progress.codec is not None:
+            self.codec = codecs.load(self.checkpoints.codec_path(self.progress.codec))
+
+
+def sampling_rate(config: Config) -> float:
+    """Poisson rate q of a unit: expected_cohort / clients, or the users' own rate."""
+    fed = config.federation
+    return fed.expected_cohort / fed.clients if config.privacy.unit == "client" else fed.unit_sampling_rate
+
+
+def public_seed(run_id: str, config: Config) -> int:
+    """Seed of everything public: LoRA's start, the partition, the choice of public examples, the codec's fit."""
+    return config.seed if config.seed is not None else int(run_id[:8], 16)

@@ -1,0 +1,109 @@
+"""The method table: each published system as a combination of parts, and the one allow-list of what combines with what."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedllm.config import Config, one_of
+from fedllm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published system or a baseline.
+
+    parts: config keys the method fixes, `section.key` -> value; all else stays the user's.
+    """
+
+    name: str
+    summary: str
+    parts: dict[str, Any] = field(default_factory=dict)
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Make a method known under its name."""
+    METHODS[method.name] = method
+    return method
+
+
+register(Method("dr_encoder", "code, clip, noise in the code, decode the mean once (arXiv 2412.17053, corrected)"))
+register(Method("full_noise", "no codec: noise in all n coordinates", {"codec.family": "identity", "codec.code_size": None, "codec.bits": 8}))
+register(
+    Method(
+        "fedit",
+        "plain federated LoRA, no codec and no privacy",
+        {"codec.family": "identity", "codec.code_size": None, "codec.bits": 32, "privacy.enabled": False},
+    )
+)
+
+# What a codec may be fitted on, and how often.
+PRIORS_OF = {
+    "linear": ("public", "moments"),
+    "coordinate": ("public", "moments"),
+    "autoencoder": ("moments", "public"),
+    "identity": ("public", "none"),
+}
+
+
+def apply_method(config: Config) -> Config:
+    """The config with the parts that its method fixes.
+
+    Raises UserError for a method that does not exist.
+    """
+    one_of("method", config.method, tuple(METHODS))
+    config = copy.deepcopy(config)
+    for key, value in METHODS[config.method].parts.items():
+        section, name = key.split(".")
+        setattr(getattr(config, section), name, value)
+    if not config.privacy.enabled:
+        config.codec.bits = 32  # without a clip there is no public range to lay a lattice over
+    if config.codec.family == "identity":
+        config.codec.prior = "none" if config.task.public is None else "public"
+    return config
+
+
+def check_combination(config: Config) -> None:
+    """Raise UserError for parts that make no sense together."""
+    codec, privacy, fed = config.codec, config.privacy, config.federation
+    one_of("codec.family", codec.family, tuple(PRIORS_OF))
+    one_of("codec.prior", codec.prior, PRIORS_OF[codec.family])
+    if codec.family in ("linear", "coordinate") and codec.code_size is None:
+        raise UserError(f"codec.code_size=null: expected a number with codec.family={codec.family}")
+    if codec.family in ("autoencoder", "identity") and codec.code_size is not None:
+        raise UserError(f"codec.code_size={codec.code_size}: expected null with codec.family={codec.family}, which fixes it")
+    if codec.family == "linear" and codec.prior == "public" and codec.code_size > fit_rows(codec.public_examples):
+        raise UserError(
+            f"codec.code_size={codec.code_size}: expected at most {fit_rows(codec.public_examples)}, four fifths of "
+            f"codec.public_examples={codec.public_examples} (the rest is held out for the clip norm)"
+        )
+    if privacy.enabled and privacy.noise_in == "update" and codec.family == "autoencoder":
+        raise UserError(
+            "privacy.noise_in=update: expected code with codec.family=autoencoder; a nonlinear encoder of noisy updates "
+            "does not commute with the sum, so only the per-message guarantee would hold"
+        )
+    if privacy.enabled and privacy.clip.mode == "adaptive" and privacy.noise_in == "update":
+        raise UserError("privacy.clip.mode=adaptive: expected fixed with privacy.noise_in=update")
+    if privacy.enabled and privacy.noise == "central" and privacy.target.adversary == "server":
+        raise UserError("privacy.target.adversary=server: expected release with privacy.noise=central, where the server is trusted")
+    if privacy.enabled and privacy.noise == "central" and privacy.unit == "user" and codec.bits != 32:
+        raise UserError(
+            f"codec.bits={codec.bits}: expected 32 with privacy.noise=central and privacy.unit=user; "
+            "rounding before the noise would need a second clip per user, which the server cannot do"
+        )
+    if privacy.unit == "user" and fed.partition.kind == "dirichlet":
+        raise UserError("federation.partition.kind=dirichlet: expected iid or column with privacy.unit=user")
+
+
+def fit_rows(public_examples: int) -> int:
+    """How many of the public gradients fit the codec; the others are held out for the clip norm."""
+    return public_examples - held_out_rows(public_examples)
+
+
+def held_out_rows(public_examples: int) -> int:
+    """A fifth of the public gradients, at least one."""
+    return max(1, public_examples // 5)

@@ -1,0 +1,84 @@
+"""Clipping of privacy units: the only reason why any noise here is enough."""
+
+import math
+
+import torch
+
+_MARGIN = 1e-10  # relative; covers the rounding of a float64 norm over up to 1e6 values
+_STEPS = 16
+
+
+def clip_units(codes: torch.Tensor, clip: float) -> torch.Tensor:
+    """Scale every row down to L2 norm at most `clip`.
+
+    Formal guarantee: for every input each row of the returned float32 tensor has exact L2 norm <= clip, so the sum over
+    rows moves by at most clip when a unit is added or removed and by at most 2 clip when one is replaced. Rows within
+    the clip are returned bit for bit (zero rows too); a row with a NaN or an infinity becomes zero, silently, since how
+    many there were is private.
+
+    codes: [units, k]; rows beyond 1e36 C may come out shorter than C. clip: C > 0, finite.
+    Norms in float64; the factor is rounded towards zero until the rounded result fits.
+    """
+    _check_clip(clip)
+    if codes.ndim != 2:
+        raise ValueError(f"Expected codes of shape [units, k], got {list(codes.shape)}")
+    limit = clip * (1 - _MARGIN)
+    result = codes.detach().to(torch.float32, copy=True)
+    norms = unit_norms(result)
+    result[~torch.isfinite(norms)] = 0.0
+    long = torch.nonzero(torch.isfinite(norms) & (norms > limit)).flatten()
+    if len(long):
+        result[long] = _scale_down(result[long], norms[long], limit)
+    return result
+
+
+def unit_norms(codes: torch.Tensor) -> torch.Tensor:
+    """[units, k] -> [units] float64 L2 norms; NaN or infinite where the row is not finite."""
+    return torch.linalg.vector_norm(codes, dim=1, dtype=torch.float64)
+
+
+def clip_bits(norms: torch.Tensor, clip: float) -> torch.Tensor:
+    """[units] norms -> [units] float64: +1/2 where the norm is within the clip, -1/2 elsewhere (NaN included).
+
+    Formal guarantee: the sum moves by at most 1/2 when a unit is added or removed, by at most 1 when one is replaced
+    (Andrew et al. 2021).
+    """
+    _check_clip(clip)
+    return (norms <= clip).to(torch.float64) - 0.5
+
+
+def noisy_fraction(noisy_bit_sum: float, expected_cohort: float) -> float:
+    """Estimated fraction in [0, 1] of units within the clip, from the noisy sum of centred bits."""
+    return min(1.0, max(0.0, noisy_bit_sum / expected_cohort + 0.5))
+
+
+def next_clip(clip: float, noisy_fraction: float, quantile: float, learning_rate: float) -> float:
+    """Geometric update C exp(-learning_rate (fraction - quantile)) (Andrew et al. 2021, section 2.1).
+
+    noisy_fraction: of units within the clip, noised, in [0, 1]. quantile: in [0, 1]. learning_rate: >= 0, usually 0.2.
+    """
+    _check_clip(clip)
+    if not (0 <= noisy_fraction <= 1 and 0 <= quantile <= 1 and learning_rate >= 0):
+        raise ValueError(
+            f"Expected fraction={noisy_fraction}, quantile={quantile} in [0, 1] and learning_rate={learning_rate} >= 0"
+        )
+    return clip * math.exp(-learning_rate * (noisy_fraction - quantile))
+
+
+def _scale_down(rows: torch.Tensor, norms: torch.Tensor, limit: float) -> torch.Tensor:
+    """Multiply every row by the largest float32 factor, or one a few steps below, that brings its norm under limit."""
+    factors = (limit / norms).to(torch.float32)
+    for _ in range(_STEPS):
+        factors = torch.nextafter(factors, torch.zeros_like(factors))
+        scaled = rows * factors[:, None]
+        too_long = unit_norms(scaled) > limit
+        if not too_long.any():
+            return scaled
+    # Only a clip norm near the smallest float32 gets here: rounding then outweighs the scaling.
+    scaled[too_long] = 0.0
+    return scaled
+
+
+def _check_clip(clip: float) -> None:
+    if not (math.isfinite(clip) and clip > 0):
+        raise ValueError(f"Expected clip={clip} finite and > 0")

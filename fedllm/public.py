@@ -1,0 +1,68 @@
+"""What public text gives at no cost: gradients at the current model, a clip norm, and a few steps to leave LoRA's zero start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dr_encoder.layout import AdapterLayout
+from dr_encoder.priors import GaussianPrior, from_public_gradients
+from fedllm.config import Config
+from fedllm.errors import UserError
+from fedllm.methods import held_out_rows
+from fedllm.server import ServerOptimizer
+from fedllm.setting import Setting
+
+
+@dataclass(frozen=True)
+class PublicGradients:
+    """Gradients of single public examples: `fit` [most, n] for priors, `held_out` [a fifth, n] for the clip norm."""
+
+    fit: Tensor
+    held_out: Tensor
+
+    def prior(self, layout: AdapterLayout) -> GaussianPrior:
+        return from_public_gradients(layout, self.fit)
+
+
+def gradients(setting: Setting, config: Config, seed: int, number: int) -> PublicGradients | None:
+    """Updates of public examples at the model as it stands; which ones follows from the seed and the round. None without public text."""
+    if setting.public is None:
+        return None
+    rows = _updates(setting, config, [seed, 2, number])
+    held_out = held_out_rows(len(rows))
+    return PublicGradients(rows[held_out:], rows[:held_out])
+
+
+def clip_norm(rows: PublicGradients | None, encode: Callable[[Tensor], Tensor], config: Config, per_unit: int = 4) -> float:
+    """The clip norm C: as configured, or the quantile of the norms of public pseudo-units' vectors.
+
+    A pseudo-unit is the mean of `per_unit` held-out gradients, as a private unit is the mean of its examples.
+    """
+    norm = config.privacy.clip.norm
+    if norm != "auto":
+        return float(norm)
+    groups = rows.held_out.split(per_unit)
+    vectors = encode(torch.stack([group.mean(0) for group in groups if len(group) == min(per_unit, len(rows.held_out))]))
+    found = float(vectors.double().norm(dim=1).quantile(config.privacy.clip.quantile))
+    if not 0 < found < float("inf"):
+        raise UserError(f"privacy.clip.norm=auto: public gradients give {found}; expected a number in privacy.clip.norm")
+    return found
+
+
+def warm_up(setting: Setting, config: Config, seed: int, optimizer: ServerOptimizer) -> None:
+    """A few server steps along public gradients; the adapter is loaded afterwards."""
+    for step in range(config.codec.warmup_public_steps):
+        mean = _updates(setting, config, [seed, 3, step]).mean(0)
+        setting.engine.load(optimizer.step(mean))
+
+
+def _updates(setting: Setting, config: Config, key: list[int]) -> Tensor:
+    chosen = np.random.default_rng(key).permutation(len(setting.public))[: config.codec.public_examples]
+    local = config.federation.local
+    rows = setting.engine.updates(setting.public, [np.array([i]) for i in chosen], local.steps, local.lr)
+    return torch.cat([updates for _, updates in rows])

@@ -1,0 +1,226 @@
+"""A run from config to results: check, set up, train, write the adapter and results.json; and taking up an interrupted one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import resource
+import secrets
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fedllm import evaluation
+from fedllm.checkpoint import Checkpoints, write_json, write_whole
+from fedllm.config import Config, load_config, save_config
+from fedllm.errors import UserError
+from fedllm.federation import Federation, Progress, public_seed, sampling_rate
+from fedllm.models import resolve_dtype, save_adapter
+from fedllm.monitor import Monitor
+from fedllm.privacy import adversaries
+from fedllm.privacy.calibration import Calibration, calibrate_release, calibrate_server
+from fedllm.privacy.ledger import Ledger
+from fedllm.privacy.noise import default_max_cohort
+from fedllm.setting import Setting, build
+from fedllm.stopwatch import Stopwatch
+
+PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "dp-accounting")
+
+
+def train(config: Config) -> dict[str, Any]:
+    """One run into `output_dir`; returns what results.json holds.
+
+    Raises UserError before anything is written for whatever is wrong with the config, the data, the model or the target.
+    """
+    run_dir = Path(config.output_dir)
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UserError(f"{run_dir}: already holds a run; expected a new output_dir, or `fedllm resume {run_dir}`")
+    watch = Stopwatch()
+    with watch.phase("setup"):
+        config = resolve(config)
+        run_id = new_run_id(config)
+        setting = build(config, public_seed(run_id, config))
+        check_population(config, setting)
+        calibration = calibrate(config, setting)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(run_dir / "config.yaml", lambda part: save_config(config, part))
+        ledger = Ledger.create(run_dir / "ledger.jsonl", ledger_header(config, run_id, setting, calibration))
+    return _run(config, run_dir, setting, ledger, watch)
+
+
+def resume(run_dir: str | Path) -> dict[str, Any]:
+    """Continue an interrupted run from its last checkpoint; returns what results.json holds.
+
+    Raises UserError where the folder holds no run, a finished one, or one that another process is working on.
+    """
+    run_dir = Path(run_dir)
+    for needed in ("config.yaml", "ledger.jsonl"):
+        if not (run_dir / needed).is_file():
+            raise UserError(f"{run_dir}: has no {needed}; expected the folder of an interrupted run")
+    if (run_dir / "results.json").exists():
+        raise UserError(f"{run_dir}: this run is finished; see results.json there, or train into another output_dir")
+    config = load_config(run_dir / "config.yaml")
+    watch = Stopwatch()
+    with watch.phase("setup"):
+        ledger = Ledger.open(run_dir / "ledger.jsonl")
+        setting = build(config, public_seed(ledger.header["run"], config))
+    return _run(config, run_dir, setting, ledger, watch)
+
+
+def _run(config: Config, run_dir: Path, setting: Setting, ledger: Ledger, watch: Stopwatch) -> dict[str, Any]:
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    found = checkpoints.latest()
+    done = found[1]["rounds"] if found else 0
+    with ledger, Monitor(run_dir, config.federation.rounds, resume_at=done) as monitor:
+        monitor.config((run_dir / "config.yaml").read_text())
+        federation = Federation(config, setting, ledger, checkpoints, monitor, watch)
+        federation.restore()
+        progress = federation.run()
+        with watch.phase("evaluation"):
+            after, _ = evaluation.look(setting, config, monitor.phase, "evaluating the trained model")
+        save_adapter(setting.engine.model, run_dir / "adapter")
+        results = gather(config, setting, federation, progress, after, watch)
+        monitor.finish(results, progress.history)
+        write_json(run_dir / "results.json", results)
+    return results
+
+
+def resolve(config: Config) -> Config:
+    """The config with every automatic choice made, so that it runs again as it ran."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model), federation=dataclasses.replace(config.federation))
+    config.model.dtype = resolve_dtype(config.model.dtype, config.task.kind)
+    fed = config.federation
+    if fed.max_cohort is None and config.privacy.unit == "client":
+        rounds = fed.rounds + (config.codec.warmup_rounds if config.codec.prior == "moments" else 0)
+        fed.max_cohort = default_max_cohort(fed.clients, sampling_rate(config), rounds, config.privacy.target.delta)
+    return config
+
+
+def new_run_id(config: Config) -> str:
+    """16 hex digits: random, or with a fixed seed a function of the config, so that the same run has the same messages."""
+    if config.seed is None:
+        return secrets.token_hex(8)
+    values = dataclasses.asdict(config) | {"output_dir": None}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_population(config: Config, setting: Setting) -> None:
+    """Warn, in the open, of a delta that allows some unit's data to be published whole."""
+    import sys
+
+    units = setting.partition.unit_count
+    if config.privacy.enabled and config.privacy.target.delta >= 1 / units:
+        print(
+            f"warning: privacy.target.delta={config.privacy.target.delta:g} is not below 1/{units}, one over the number of "
+            f"{config.privacy.unit}s; such a delta permits publishing one of them whole",
+            file=sys.stderr,
+        )
+
+
+def calibrate(config: Config, setting: Setting) -> Calibration | None:
+    """Noise multipliers of both stages for the target, or None without privacy."""
+    privacy, fed = config.privacy, config.federation
+    if not privacy.enabled:
+        return None
+    by_client = privacy.unit == "client"
+    warmup = config.codec.warmup_rounds if config.codec.prior == "moments" else 0
+    shares = fed.max_cohort if by_client else fed.clients
+    target = privacy.target
+    if target.adversary == "server":
+        found = calibrate_server(target.epsilon, target.delta, warmup, fed.rounds, privacy.noise, shares, privacy.stage1_share)
+    else:
+        found = calibrate_release(
+            target.epsilon,
+            target.delta,
+            warmup,
+            fed.rounds,
+            sampling_rate(config),
+            setting.partition.unit_count,
+            fed.max_cohort if by_client else None,
+            privacy.stage1_share,
+            noise=privacy.noise,
+            shares=shares,
+        )
+    return found
+
+
+def why_not_private(config: Config, setting: Setting) -> list[str]:
+    """Everything that makes the run's epsilon no promise."""
+    reasons = {
+        "privacy disabled": not config.privacy.enabled,
+        "fixed seed": config.seed is not None,
+        "records shared": setting.partition.shared,
+    }
+    return [reason for reason, holds in reasons.items() if holds]
+
+
+def ledger_header(config: Config, run_id: str, setting: Setting, calibration: Calibration | None) -> dict[str, Any]:
+    """First line of the ledger: what report and guard need besides the entries."""
+    reasons = why_not_private(config, setting)
+    return {
+        "run": run_id,
+        "data": config.task.source,
+        "clients": config.federation.clients,
+        "units": setting.partition.unit_count,
+        "unit": config.privacy.unit,
+        "target": dataclasses.asdict(config.privacy.target),
+        "planned_rounds": config.federation.rounds,
+        "noise_multipliers": {
+            "stage1": calibration.stage1_multiplier if calibration else None,
+            "stage2": calibration.stage2_multiplier if calibration else None,
+        },
+        "private": not reasons,
+        "why_not_private": reasons,
+    }
+
+
+def gather(
+    config: Config,
+    setting: Setting,
+    federation: Federation,
+    progress: Progress,
+    after: evaluation.Evaluation,
+    watch: Stopwatch,
+) -> dict[str, Any]:
+    """What results.json holds: see the contract in the README."""
+    header, entries = federation.ledger.header, federation.ledger.entries
+    update_bytes = 4 * setting.engine.layout.size
+    last = progress.history[-1]
+    message = last.get("uplink_bytes_per_client")
+    codec_file = federation.checkpoints.codec_path(progress.codec or "")
+    return {
+        "method": config.method,
+        "task": config.task.source,
+        "model": config.model.name,
+        "rounds": progress.rounds,
+        "stopped": progress.stopped,
+        "accuracy": after.accuracy,
+        "loss": after.loss,
+        "perplexity": evaluation.perplexity(config, after.loss),
+        "accuracy_before": progress.before["accuracy"],
+        "loss_before": progress.before["loss"],
+        "epsilon": {
+            "delta": config.privacy.target.delta,
+            "unit": config.privacy.unit,
+            "private": header["private"],
+            "why_not_private": header["why_not_private"],
+            "release": adversaries.epsilon_release(header, entries).as_json(),
+            "server": adversaries.epsilon_server(header, entries).as_json(),
+        },
+        "uplink_bytes_per_client_round": message,
+        "downlink_bytes_per_client_round": last.get("downlink_bytes_per_client"),
+        "update_bytes": update_bytes,
+        "compression_ratio": update_bytes / message if message else None,
+        "codec_bytes": codec_file.stat().st_size if codec_file.exists() else 0,
+        "parameters": setting.engine.layout.size,
+        "code_size": federation.codec.code_size if federation.codec is not None else None,
+        "clients": config.federation.clients,
+        "expected_cohort": config.federation.expected_cohort,
+        "diagnostics": None,
+        "history": progress.history,
+        "seconds": watch.total(),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "seed": config.seed,
+        "versions": {name: version(name) for name in PACKAGES},
+    }

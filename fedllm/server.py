@@ -1,0 +1,84 @@
+"""The server's side: messages -> validate -> sum -> noise to exactly the promised variance -> mean; and the optimiser step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dr_encoder.message import Inbox, MessageError
+from dr_encoder.quantize import dequantize
+from fedllm.config import ServerConfig
+from fedllm.privacy.clipping import clip_units
+from fedllm.privacy.noise import Noise
+from fedllm.release import PrivateSum
+
+
+def noisy_mean(messages: Iterable[bytes], spec: PrivateSum, noise: Noise) -> Tensor:
+    """Mean over the *expected* cohort [size], its noise std exactly spec.mean_std whoever took part.
+
+    A refused message counts as the zero code: nothing about it is told, and the server draws the noise share it would have brought.
+    A well-formed hostile message is bounded by the lattice, not detected.
+    """
+    inbox = Inbox(spec.expects())
+    total = np.zeros(spec.size)
+    shares = 0
+    for sent in messages:
+        try:
+            _, lattice = inbox.accept(sent)
+        except MessageError:
+            continue
+        code = dequantize(lattice, spec.scale)
+        if spec.private and spec.noise == "central":
+            # Rounding before the noise can lengthen a code; the sensitivity is what this clip says.
+            code = clip_units(torch.from_numpy(code)[None], spec.sensitivity)[0].double().numpy()
+        total += code
+        shares += 1
+    missing = spec.sum_std if spec.noise == "central" else spec.share_std * math.sqrt(max(0, spec.shares - shares))
+    if spec.private and missing > 0:
+        total += noise.gaussian(total.shape, missing, purpose="server", stage=spec.stage, round=spec.round)
+    return torch.from_numpy(total / spec.expected).float()
+
+
+class ServerOptimizer:
+    """SGD, momentum or Adam on the flat adapter; the decoded mean update stands where a gradient stands."""
+
+    def __init__(self, adapter: Tensor, config: ServerConfig):
+        self.adapter = adapter.clone().requires_grad_()
+        make = {
+            "sgd": lambda: torch.optim.SGD([self.adapter], lr=config.lr),
+            "momentum": lambda: torch.optim.SGD([self.adapter], lr=config.lr, momentum=config.momentum),
+            "adam": lambda: torch.optim.Adam([self.adapter], lr=config.lr, betas=tuple(config.betas)),
+        }
+        self.optimizer = make[config.optimizer]()
+
+    def step(self, update: Tensor) -> Tensor:
+        """New adapter [n] after one step along the mean update [n].
+
+        Raises FloatingPointError where the update or the new adapter is not finite; the adapter then stays as it was.
+        """
+        if not torch.isfinite(update).all():
+            raise FloatingPointError("the aggregated update is not finite")
+        self.adapter.grad = update
+        self.optimizer.step()
+        return self.adapter.detach().clone()
+
+    def state(self) -> dict[str, Tensor]:
+        """The adapter and the optimiser's moments, as named tensors."""
+        moments = self.optimizer.state_dict()["state"].get(0, {})
+        return {"adapter": self.adapter.detach()} | {
+            f"optimizer.{key}": value for key, value in moments.items() if isinstance(value, Tensor)
+        }
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Inverse of `state`."""
+        with torch.no_grad():
+            self.adapter.copy_(tensors["adapter"])
+        moments = {key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")}
+        if moments:
+            full = self.optimizer.state_dict()
+            full["state"] = {0: moments}
+            self.optimizer.load_state_dict(full)

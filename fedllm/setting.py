@@ -1,0 +1,117 @@
+"""From a config to what a run works on: the model, the encoded examples, the clients and their units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedllm.config import Config
+from fedllm.data import prompts, sources
+from fedllm.data.partition import Partition, make_partition
+from fedllm.errors import UserError
+from fedllm.training.engine import Encoded, TorchEngine
+from fedllm.training.objectives import ClassHead, LabelWords, NextToken
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, on what, and by whom.
+
+    train is private (one part a client); test and public are public by statement.
+    """
+
+    engine: TorchEngine
+    tokenizer: object
+    train: Encoded
+    test: Encoded
+    public: Encoded | None
+    partition: Partition
+
+
+def build(config: Config, public_seed: int, adapter: Path | None = None) -> Setting:
+    """Load the model and the data, and split the data over clients.
+
+    public_seed: of LoRA's random start, the partition and the choice of public examples. adapter: folder of a saved adapter to start from.
+    Raises UserError for anything the config names that is not there.
+    """
+    from fedllm.models import load_adapter, load_model
+
+    task = config.task
+    data = load_task(config)
+    names = data.train.label_names if task.kind != "text" else []
+    model, tokenizer = load_model(
+        config.model.name,
+        task.kind,
+        labels=max(2, len(names)),
+        dtype=config.model.dtype,
+        r=config.lora.r,
+        alpha=config.lora.alpha,
+        targets=config.lora.targets,
+        train=config.lora.train,
+        seed=public_seed,
+    )
+    if adapter is not None:
+        load_adapter(model, adapter)
+    objective, encode = make_objective(config, tokenizer, names)
+    public = None
+    if task.public is not None:
+        public = public_examples(config, encode, len(names), public_seed)
+    side = "right" if task.kind == "classify" else "left"
+    engine = TorchEngine(model, objective, tokenizer.pad_token_id or 0, config.engine.batch_tokens, side)
+    train, test = (Encoded(encode(table.texts), _targets(table)) for table in (data.train, data.test))
+    partition = make_partition(
+        config.federation.partition.kind,
+        records=len(train),
+        clients=config.federation.clients,
+        unit=config.privacy.unit,
+        labels=data.train.labels,
+        users=data.train.users,
+        seed=public_seed,
+        alpha=config.federation.partition.alpha,
+    )
+    return Setting(engine, tokenizer, train, test, public, partition)
+
+
+def load_task(config: Config) -> sources.Dataset:
+    """The task's own data."""
+    task = config.task
+    if task.public is not None:
+        sources.check_public(task.public, task.source, task.test)
+    return sources.load(
+        task.source,
+        eval_examples=task.eval_examples,
+        labelled=task.kind != "text",
+        test=task.test,
+        text=task.columns.text,
+        label=task.columns.label,
+        user=task.columns.user,
+    )
+
+
+def make_objective(config: Config, tokenizer, label_names: list[str]):
+    """What the task asks of the model, and texts -> token ids."""
+    task = config.task
+    if task.kind == "labels":
+        prompt = prompts.label_prompt(task.source, label_names, task.prompt, task.words)
+        return LabelWords(prompt.word_ids(tokenizer)), lambda texts: prompt.encode(tokenizer, texts, task.max_length)
+    objective = ClassHead() if task.kind == "classify" else NextToken()
+    return objective, lambda texts: prompts.encode_plain(tokenizer, texts, task.max_length)
+
+
+def public_examples(config: Config, encode, labels: int, seed: int, most: int = 4000) -> Encoded:
+    """Public text in the task's own prompt. Labels are drawn at random: the direction of a gradient hardly needs the right one."""
+    table = sources.load(config.task.public, eval_examples=1, labelled=False).train
+    rng = np.random.default_rng([seed, 1])
+    texts = [table.texts[i] for i in rng.permutation(len(table.texts))[:most]]
+    if len(texts) < config.codec.public_examples:
+        raise UserError(
+            f"task.public={config.task.public}: {len(texts)} texts, expected at least codec.public_examples={config.codec.public_examples}"
+        )
+    targets = rng.integers(0, max(labels, 1), len(texts))
+    return Encoded(encode(texts), targets)
+
+
+def _targets(table: sources.Table) -> np.ndarray:
+    return table.labels.astype(np.int64) if table.labels is not None else np.zeros(len(table.texts), np.int64)

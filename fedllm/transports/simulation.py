@@ -1,0 +1,63 @@
+"""All clients in this process: the cohort is drawn here, trains in shared batches, and each member packs its own message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from fedllm.client import Encode, message, unit_vectors
+from fedllm.config import LocalConfig
+from fedllm.privacy.noise import Noise
+from fedllm.release import PrivateSum
+from fedllm.setting import Setting
+from fedllm.stopwatch import Stopwatch
+from fedllm.transports import register
+
+
+@register("simulation")
+class Simulation:
+    """Holds the clients' data and their noise source; what leaves it are messages only."""
+
+    def __init__(self, setting: Setting, local: LocalConfig, noise: Noise, watch: Stopwatch):
+        self.setting, self.local, self.noise, self.watch = setting, local, noise, watch
+
+    def messages(self, spec: PrivateSum, encode: Encode) -> Iterator[bytes]:
+        """Messages of the clients that take part in this round."""
+        vectors = self._of_clients(spec, encode) if spec.unit == "client" else self._of_users(spec, encode)
+        for client, vector in vectors:
+            with self.watch.phase("messages"):
+                sent = message(vector, spec, client, self.noise, encode)
+            yield sent
+
+    def _of_clients(self, spec: PrivateSum, encode: Encode) -> Iterator[tuple[int, torch.Tensor]]:
+        """The client is the unit: a truncated Poisson cohort."""
+        cohort = self.noise.sample_cohort(spec.clients, spec.sampling_rate, spec.max_cohort, stage=spec.stage, round=spec.round)
+        records = [self.setting.partition.records(client) for client in cohort]
+        for where, updates in self._updates(records):
+            with self.watch.phase("codec"):
+                vectors = unit_vectors(updates, encode, spec)
+            yield from zip(cohort[where].tolist(), vectors, strict=True)
+
+    def _of_users(self, spec: PrivateSum, encode: Encode) -> Iterator[tuple[int, torch.Tensor]]:
+        """Every client takes part and samples its own units by Poisson."""
+        for client in range(spec.clients):
+            units = self.setting.partition.units(client)
+            taken = self.noise.uniform((len(units),), purpose="units", stage=spec.stage, round=spec.round, client=client)
+            chosen = [unit for unit, draw in zip(units, taken, strict=True) if draw < spec.sampling_rate]
+            length = self.setting.engine.layout.size if spec.noise_in == "update" else spec.size
+            total = torch.zeros(length)
+            for _, updates in self._updates(chosen):
+                with self.watch.phase("codec"):
+                    total += unit_vectors(updates, encode, spec).sum(0)
+            yield client, total
+
+    def _updates(self, records: list[np.ndarray]) -> Iterator[tuple[slice, torch.Tensor]]:
+        updates = self.setting.engine.updates(self.setting.train, records, self.local.steps, self.local.lr)
+        while True:
+            with self.watch.phase("local_training"):
+                some = next(updates, None)
+            if some is None:
+                return
+            yield some

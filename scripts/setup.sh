@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Makes .venv and installs the project with its tests' tools. Does nothing where that is already done.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3.11 python3.12 python3 python; do
+        if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "setup: needs Python 3.11 or 3.12; name it with PYTHON=/path/to/python" >&2
+    exit 1
+}
+
+stamp=.venv/installed.sha256
+wanted=$(cat setup.cfg pyproject.toml constraints.txt scripts/setup.sh | sha256sum | cut -d' ' -f1)
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && .venv/bin/python -c '' 2>/dev/null; then
+    exit 0
+fi
+python=$(find_python)
+if ! .venv/bin/python -c '' 2>/dev/null; then
+    rm -rf .venv
+    "$python" -m venv .venv
+fi
+echo "setup: installing into .venv (some minutes the first time)" >&2
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+.venv/bin/python -m pip install --quiet -c constraints.txt setuptools
+.venv/bin/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
+echo "$wanted" > "$stamp"
