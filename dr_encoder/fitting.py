@@ -55,9 +55,7 @@ def fit_to_samples(
     if not (learning_rate > 0 and noise_std >= 0):
         raise ValueError(f"Expected learning_rate={learning_rate} > 0 and noise_std={noise_std} >= 0")
     optimizer = torch.optim.Adam(codec.parameters(), learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.55 + 0.45 * math.cos(math.pi * step / max(steps, 1))
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.55 + 0.45 * math.cos(math.pi * step / max(steps, 1)))
     losses: list[float] = []
     for step in range(1, steps + 1):
         inputs = sample(batch_size, generator)

@@ -74,7 +74,8 @@ class Checkpoints:
             return None
         try:
             with safe_open(states[-1], "pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["facts"])
+                names = list(file.keys())
+                return {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()["facts"])
         except (SafetensorError, KeyError, TypeError, ValueError):
             raise UserError(f"{states[-1]}: damaged checkpoint; the ledger stands, the run cannot be continued") from None
 

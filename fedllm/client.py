@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dr_encoder.message import pack
 from dr_encoder.quantize import quantize
-from fedllm.privacy.clipping import clip_bits, clip_units
+from fedllm.privacy.clipping import clip_bits, clip_units, unit_norms
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
 
@@ -32,7 +32,8 @@ def unit_vectors(updates: Tensor, encode: Encode, spec: PrivateSum) -> Tensor:
     clipped = clip_units(vectors, spec.clip)
     if spec.bit_weight == 0:
         return clipped
-    bits = clip_bits(vectors, spec.clip) * spec.bit_weight
+    norms = unit_norms(vectors)
+    bits = torch.where(norms.isfinite(), clip_bits(norms, spec.clip), 0.0) * spec.bit_weight
     return torch.cat([clipped, bits[:, None].to(clipped.dtype)], dim=1)
 
 

@@ -32,6 +32,7 @@ from fedllm.release import PrivateSum
 from fedllm.server import ServerOptimizer, noisy_mean
 from fedllm.setting import Setting
 from fedllm.stopwatch import Stopwatch
+from fedllm.training.engine import Evaluation
 from fedllm.transports import TRANSPORTS
 
 
@@ -78,10 +79,10 @@ class Federation:
 
     # -- the run -----------------------------------------------------------------------------------------------------------------
 
-    def run(self) -> Progress:
-        """Everything that is left to do; the adapter is in the engine afterwards."""
+    def run(self, before: Evaluation | None = None) -> Progress:
+        """Everything that is left to do; the adapter is in the engine afterwards. `before`: see `run.train`."""
         if not self.progress.started:
-            self.look_before()
+            self.look_before(before)
         if self.config.codec.prior == "moments" and self.codec is None:
             self.stage1()
         while self.progress.rounds < self.config.federation.rounds:
@@ -89,10 +90,13 @@ class Federation:
                 break
         return self.progress
 
-    def look_before(self) -> None:
+    def look_before(self, known: Evaluation | None) -> None:
         """Loss and accuracy of the untrained model."""
         with self.watch.phase("evaluation"):
-            whole, part = evaluation.look(self.setting, self.config, self.monitor.phase, "evaluating the untrained model")
+            if known is None:
+                whole, part = evaluation.look(self.setting, self.config, self.monitor.phase, "evaluating the untrained model")
+            else:
+                whole, part = known, evaluation.look_part(self.setting, self.config)
         self.progress.before = dataclasses.asdict(whole)
         self.progress.history = [{"round": 0, **dataclasses.asdict(part)}]
         self.progress.started = True

@@ -32,7 +32,13 @@ def register(method: Method) -> Method:
 
 
 register(Method("dr_encoder", "code, clip, noise in the code, decode the mean once (arXiv 2412.17053, corrected)"))
-register(Method("full_noise", "no codec: noise in all n coordinates", {"codec.family": "identity", "codec.code_size": None, "codec.bits": 8}))
+register(
+    Method(
+        "full_noise",
+        "no codec: noise in all n coordinates",
+        {"codec.family": "identity", "codec.code_size": None, "codec.bits": 8},
+    )
+)
 register(
     Method(
         "fedit",

@@ -7,6 +7,7 @@ import hashlib
 import json
 import resource
 import secrets
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,18 @@ from fedllm.stopwatch import Stopwatch
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "dp-accounting")
 
+BEFORE_LEDGER = {"config.yaml", ".config.yaml.part"}  # a run killed before its ledger stood has released nothing
 
-def train(config: Config) -> dict[str, Any]:
+
+def train(config: Config, before: evaluation.Evaluation | None = None) -> dict[str, Any]:
     """One run into `output_dir`; returns what results.json holds.
+
+    before: the untrained model on the held-out examples where that is known already (several runs of one model and task).
 
     Raises UserError before anything is written for whatever is wrong with the config, the data, the model or the target.
     """
     run_dir = Path(config.output_dir)
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    if run_dir.exists() and (not run_dir.is_dir() or {path.name for path in run_dir.iterdir()} - BEFORE_LEDGER):
         raise UserError(f"{run_dir}: already holds a run; expected a new output_dir, or `fedllm resume {run_dir}`")
     watch = Stopwatch()
     with watch.phase("setup"):
@@ -46,7 +51,7 @@ def train(config: Config) -> dict[str, Any]:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_whole(run_dir / "config.yaml", lambda part: save_config(config, part))
         ledger = Ledger.create(run_dir / "ledger.jsonl", ledger_header(config, run_id, setting, calibration))
-    return _run(config, run_dir, setting, ledger, watch)
+    return _run(config, run_dir, setting, ledger, watch, before)
 
 
 def resume(run_dir: str | Path) -> dict[str, Any]:
@@ -68,7 +73,14 @@ def resume(run_dir: str | Path) -> dict[str, Any]:
     return _run(config, run_dir, setting, ledger, watch)
 
 
-def _run(config: Config, run_dir: Path, setting: Setting, ledger: Ledger, watch: Stopwatch) -> dict[str, Any]:
+def _run(
+    config: Config,
+    run_dir: Path,
+    setting: Setting,
+    ledger: Ledger,
+    watch: Stopwatch,
+    before: evaluation.Evaluation | None = None,
+) -> dict[str, Any]:
     checkpoints = Checkpoints(run_dir / "checkpoints")
     found = checkpoints.latest()
     done = found[1]["rounds"] if found else 0
@@ -76,13 +88,13 @@ def _run(config: Config, run_dir: Path, setting: Setting, ledger: Ledger, watch:
         monitor.config((run_dir / "config.yaml").read_text())
         federation = Federation(config, setting, ledger, checkpoints, monitor, watch)
         federation.restore()
-        progress = federation.run()
+        progress = federation.run(before)
         with watch.phase("evaluation"):
             after, _ = evaluation.look(setting, config, monitor.phase, "evaluating the trained model")
         save_adapter(setting.engine.model, run_dir / "adapter")
         results = gather(config, setting, federation, progress, after, watch)
-        monitor.finish(results, progress.history)
         write_json(run_dir / "results.json", results)
+        monitor.finish(results, progress.history)
     return results
 
 
@@ -107,8 +119,6 @@ def new_run_id(config: Config) -> str:
 
 def check_population(config: Config, setting: Setting) -> None:
     """Warn, in the open, of a delta that allows some unit's data to be published whole."""
-    import sys
-
     units = setting.partition.unit_count
     if config.privacy.enabled and config.privacy.target.delta >= 1 / units:
         print(

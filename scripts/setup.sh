@@ -27,6 +27,8 @@ if ! .venv/bin/python -c '' 2>/dev/null; then
 fi
 echo "setup: installing into .venv (some minutes the first time)" >&2
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
-.venv/bin/python -m pip install --quiet -c constraints.txt setuptools
-.venv/bin/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
+# --no-compile: Python compiles what is imported, when it is; compiling all of torch and scipy takes half a minute.
+install=(.venv/bin/python -m pip install -qq --no-compile -c constraints.txt)
+"${install[@]}" setuptools
+"${install[@]}" --no-build-isolation -e '.[dev]'
 echo "$wanted" > "$stamp"

@@ -9,8 +9,10 @@ Two choices here are ours. No layer has a bias, so a zero update gets the zero c
 and the decoder scales with its code (a cohort's mean code is much smaller than a single one). Nothing normalises over
 the batch, so that a unit's code depends on that unit alone.
 
-Sharp edge: convolutions look for local structure. A prior of independent coordinates has none: no code of 1/64 keeps
-more than 1/64 of its energy, and this one keeps less (measured figures in `fit`).
+Sharp edges: convolutions look for local structure, and a prior of independent coordinates has none, so no code of 1/64
+keeps more than 1/64 = 0.0156 of its energy. Measured at n = 460,800 (k = 7,296, 660,608 weights, two CPU cores) on white
+samples: 0.0115 after the default 200 steps (about 25 s), 0.0121 with a batch of two; with noise of 0.03 clip norms in the
+loop 0.002 after 100 steps. Two machines may fit codecs that differ in the last bits: fit once and send the file.
 """
 
 from __future__ import annotations
@@ -77,10 +79,11 @@ class ConvAutoEncoder(nn.Module):
             raise ValueError(f"Expected widths={list(widths)} to be six channel counts, the last of them 64")
         self.rows, self.columns = shape[0] // RATIO, shape[1] // RATIO
         sizes = list(itertools.pairwise((1, *widths)))
-        down = [nn.Conv2d(a, b, 4, stride=2, padding=1, bias=False) for a, b in sizes]
-        up = [nn.ConvTranspose2d(b, a, 4, stride=2, padding=1, bias=False) for a, b in reversed(sizes)]
-        self.down = nn.Sequential(*_activated(down), *(ResidualBlock(RATIO) for _ in range(_BLOCKS)))
-        self.up = nn.Sequential(*(ResidualBlock(RATIO) for _ in range(_BLOCKS)), *_activated(up))
+        with torch.random.fork_rng(devices=[]):  # layers draw their start from the global generator, which is not ours
+            down = [nn.Conv2d(a, b, 4, stride=2, padding=1, bias=False) for a, b in sizes]
+            up = [nn.ConvTranspose2d(b, a, 4, stride=2, padding=1, bias=False) for a, b in reversed(sizes)]
+            self.down = nn.Sequential(*_activated(down), *(ResidualBlock(RATIO) for _ in range(_BLOCKS)))
+            self.up = nn.Sequential(*(ResidualBlock(RATIO) for _ in range(_BLOCKS)), *_activated(up))
         self.to(memory_format=torch.channels_last)
 
     def encoder(self, images: Tensor) -> Tensor:

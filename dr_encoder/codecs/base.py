@@ -91,8 +91,8 @@ def save(codec: Codec, path: Path) -> None:
 def load(path: Path) -> Codec:
     """Read a codec that `save` wrote."""
     with safe_open(path, "pt") as file:
-        header = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        header, names = file.metadata(), list(file.keys())
+        tensors = {name: file.get_tensor(name) for name in names}
     return CODECS[header["codec"]].from_state(tensors, json.loads(header["meta"]))
 
 

@@ -31,12 +31,13 @@ class UnitGradients:
             if not own:
                 continue
             if not isinstance(module, nn.Linear):
-                raise ValueError(f"Expected trainable parameters in linear layers only, found {sorted(own)[0]} in a {type(module).__name__}")
+                kind = type(module).__name__
+                raise ValueError(f"Expected trainable parameters in linear layers only, found {min(own)} in a {kind}")
             covered |= own
             self._handles.append(module.register_forward_hook(self._forward_hook(name)))
         missing = set(self._places) - covered
         if missing:
-            raise ValueError(f"Expected every factor in a linear layer, {sorted(missing)[0]} is in none")
+            raise ValueError(f"Expected every factor in a linear layer, {min(missing)} is in none")
 
     def begin(self, units: int) -> None:
         """Start collecting into zeroed rows [units, n], float32."""

@@ -9,7 +9,12 @@ from dr_encoder.fitting import fit_to_samples, with_noise
 from dr_encoder.layout import AdapterLayout
 
 LAYOUT = AdapterLayout.of(
-    [("q.A", torch.empty(8, 600)), ("q.B", torch.empty(600, 8)), ("v.A", torch.empty(8, 300)), ("v.B", torch.empty(50, 8))]
+    [
+        ("q.A", torch.empty(8, 600)),
+        ("q.B", torch.empty(600, 8)),
+        ("v.A", torch.empty(8, 300)),
+        ("v.B", torch.empty(50, 8)),
+    ]
 )
 STD = torch.tensor([1e-3, 2e-2, 5.0, 0.3])
 PRIOR = priors.from_moments(LAYOUT, torch.zeros(4), STD)
@@ -25,6 +30,15 @@ def kept(codec: AutoEncoderCodec, updates: torch.Tensor) -> float:
     scale = LAYOUT.spread(STD)
     back = torch.stack([codec.decode(code) for code in codec.encode(updates)])
     return 1 - float(((back - updates) / scale).square().sum() / (updates / scale).square().sum())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Images this small gain nothing from a second thread, and lose much to it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +102,9 @@ def test_nothing_in_nothing_out_and_the_decoder_scales(codec, updates):
 
 def test_fitting_keeps_energy_that_the_start_does_not(updates):
     """White samples, 64 numbers for one: no code can keep more than 1/64 on average."""
-    start, fitted = kept(fit(steps=0), updates), kept(fit(steps=60), updates)
-    assert fitted > max(0.006, start + 0.002)
-    assert fitted < 1.5 * codec_bound()
-
-
-def codec_bound() -> float:
-    return required_code_size(LAYOUT.size) / LAYOUT.size
+    start, fitted = kept(fit(steps=0), updates), kept(fit(steps=40), updates)
+    assert fitted > start + 0.0015
+    assert fitted < 1.2 * required_code_size(LAYOUT.size) / LAYOUT.size
 
 
 def test_the_same_prior_and_seed_give_the_same_codec_whatever_the_global_generator(codec):

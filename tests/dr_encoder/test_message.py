@@ -12,9 +12,7 @@ import safetensors.numpy
 
 from dr_encoder import message as wire
 
-EXPECTED = wire.Expected(
-    run="quickstart-1", round=3, codec="0123456789abcdef", code_size=128, dtype="int16", scale=0.1 / 3, clients=2000
-)
+EXPECTED = wire.Expected(run="quickstart-1", round=3, codec="0123456789abcdef", code_size=128, dtype="int16", scale=0.1 / 3, clients=2000)
 CODE = np.random.default_rng(0).integers(-32767, 32768, 128).astype(np.int16)
 
 
@@ -184,9 +182,7 @@ def test_a_refused_message_does_not_use_up_the_clients_turn():
     assert inbox.accept(packed)[0] == 17
 
 
-@pytest.mark.parametrize(
-    "change", [{"run": 'a"b'}, {"run": ""}, {"round": -1}, {"client": 1.5}, {"scale": 0.0}, {"scale": float("nan")}]
-)
+@pytest.mark.parametrize("change", [{"run": 'a"b'}, {"run": ""}, {"round": -1}, {"client": 1.5}, {"scale": 0.0}, {"scale": float("nan")}])
 def test_no_message_is_packed_that_no_server_accepts(change):
     with pytest.raises(ValueError):
         wire.pack(header(**change), CODE)

@@ -24,9 +24,7 @@ def test_rounding_is_unbiased_and_within_one_step(bits):
 def test_the_range_is_clip_plus_six_deviations_and_saturates_symmetrically(bits):
     step = lattice.levels(clip=2.0, share_std=0.25, bits=bits)
     edge = 2.0 + 6 * 0.25
-    back = lattice.dequantize(
-        lattice.quantize(np.array([edge, -edge, 1e30, -1e30]), step, bits, np.array([0.0, 0.5, 0.999, 0.0])), step
-    )
+    back = lattice.dequantize(lattice.quantize(np.array([edge, -edge, 1e30, -1e30]), step, bits, np.array([0.0, 0.5, 0.999, 0.0])), step)
     np.testing.assert_allclose(back, [edge, -edge, edge, -edge], atol=step)
     assert back[2] == -back[3] == pytest.approx(edge)
 

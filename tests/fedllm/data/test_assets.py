@@ -190,3 +190,11 @@ def test_unknown_asset_names_the_known_ones(cache):
 def test_every_pin_is_exact():
     for asset in assets.ASSETS.values():
         assert len(asset.file.sha256) == 64 and "==" in asset.file.requirement and asset.members
+
+
+def test_the_slower_of_two_processes_takes_the_fasters_copy(cache):
+    for name in ("fast", "slow"):
+        (cache / name).mkdir()
+        (cache / name / "c.txt").write_text(name)
+        assets._publish(cache / name, cache / "target")
+    assert (cache / "target" / "c.txt").read_text() == "fast"
