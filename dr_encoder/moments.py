@@ -38,7 +38,7 @@ def unit_moments(updates: Tensor, layout: AdapterLayout, scale: Tensor) -> Tenso
     return torch.cat([means / scale, squares / sizes / scale.square()], 1).float()
 
 
-def moments_to_std(noisy_mean: Tensor, scale: Tensor, floor: float, noise_std: float = 0.0) -> tuple[Tensor, Tensor]:
+def moments_to_std(noisy_mean: Tensor, scale: Tensor, floor: float = 0.05, noise_std: float = 0.0) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each factor from the noisy mean of `unit_moments`: free post-processing.
 
     Noise of the size of a moment is common (2 L numbers share one clip), so with `noise_std` given the means are shrunk

@@ -27,9 +27,10 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
         sync_folder(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written ({error.strerror or error}); free some space and `fedllm resume` the run") from None
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: could not be written ({why}); free some space and `fedllm resume` the run") from None
 
 
 def write_json(path: Path, value: Any) -> None:

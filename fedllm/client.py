@@ -21,7 +21,7 @@ def unit_vectors(updates: Tensor, encode: Encode, spec: PrivateSum) -> Tensor:
     """What each unit adds to its client's sum: updates [units, n] -> clipped vectors of norm at most spec.sensitivity.
 
     `noise_in: code` encodes, then clips, [units, size]; `noise_in: update` clips the update itself, [units, n]. With an adaptive clip
-    the last coordinate is the unit's bit, +-1/2 of spec.bit_weight; it shares the event's noise.
+    the last coordinate is the unit's bit, +-1/2 of spec.bit_weight; it shares the event's noise. The bit is exact in float64 alone.
     Raises FloatingPointError for a non-finite update without privacy; under privacy such a unit becomes the zero vector.
     """
     vectors = updates if spec.noise_in == "update" else encode(updates)
@@ -34,7 +34,7 @@ def unit_vectors(updates: Tensor, encode: Encode, spec: PrivateSum) -> Tensor:
         return clipped
     norms = unit_norms(vectors)
     bits = torch.where(norms.isfinite(), clip_bits(norms, spec.clip), 0.0) * spec.bit_weight
-    return torch.cat([clipped, bits[:, None].to(clipped.dtype)], dim=1)
+    return torch.cat([clipped.double(), bits[:, None]], dim=1)
 
 
 def message(vector: Tensor, spec: PrivateSum, client: int, noise: Noise, encode: Encode) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,7 @@ def one_of(key: str, value: Any, allowed: Any) -> None:
 
 def in_range(key: str, value: float, low: float, high: float = float("inf"), open_low: bool = False, open_high: bool = False) -> None:
     """Raise UserError unless low <= value <= high (or <, where open)."""
-    good = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
+    good = math.isfinite(value) and (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
     if not good:
         bounds = f"{low:g} {'<' if open_low else '<='} {key}" + ("" if high == float("inf") else f" {'<' if open_high else '<='} {high:g}")
         raise UserError(f"{key}={value}: expected {bounds}")
@@ -219,6 +220,7 @@ def check(config: Config) -> None:
     one_of("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
     one_of("task.kind", task.kind, ("labels", "classify", "text"))
     one_of("lora.train", config.lora.train, ("both", "b"))
+    one_of("federation.transport", fed.transport, ("simulation",))
     one_of("federation.partition.kind", fed.partition.kind, ("iid", "dirichlet", "column"))
     one_of("federation.server.optimizer", fed.server.optimizer, ("sgd", "momentum", "adam"))
     one_of("codec.bits", codec.bits, (8, 16, 32))
@@ -234,6 +236,7 @@ def check(config: Config) -> None:
     in_range("federation.local.steps", fed.local.steps, 1)
     in_range("federation.local.lr", fed.local.lr, 0, open_low=True)
     in_range("federation.server.lr", fed.server.lr, 0, open_low=True)
+    in_range("federation.server.momentum", fed.server.momentum, 0, 1, open_high=True)
     in_range("federation.partition.alpha", fed.partition.alpha, 0, open_low=True)
     in_range("lora.r", config.lora.r, 1)
     in_range("lora.alpha", config.lora.alpha, 0, open_low=True)
@@ -256,6 +259,8 @@ def check(config: Config) -> None:
         raise UserError(f"federation.server.betas={fed.server.betas}: expected two numbers, 0 <= beta < 1")
     if codec.code_size is not None:
         in_range("codec.code_size", codec.code_size, 1)
+    if config.seed is not None:
+        in_range("seed", config.seed, 0, 2**62)
     norm = privacy.clip.norm
     if norm != "auto" and (isinstance(norm, bool) or not isinstance(norm, int | float) or not 0 < norm < float("inf")):
         raise UserError(f"privacy.clip.norm={norm}: expected auto or a number above 0")
@@ -277,8 +282,8 @@ def check(config: Config) -> None:
     if task.public is not None and task.public == task.source:
         raise UserError(f"task.public={task.public}: expected a source other than the task's own; private text is never public")
     if task.public is None:
-        if codec.prior == "public" and codec.family != "identity":
-            raise UserError("task.public: expected a source of public text for codec.prior=public, got null")
+        if codec.family != "identity":
+            raise UserError(f"task.public: expected a source of public text for codec.prior={codec.prior}, got null")
         if privacy.enabled and norm == "auto":
             raise UserError("privacy.clip.norm=auto: expected task.public to take it from, or a number")
     check_combination(config)

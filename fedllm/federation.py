@@ -21,11 +21,12 @@ from dr_encoder.priors import GaussianPrior, factor_rms, from_moments
 from fedllm import evaluation, public
 from fedllm.checkpoint import Checkpoints
 from fedllm.config import Config
-from fedllm.errors import RunStopped
+from fedllm.errors import RunStopped, UserError
 from fedllm.monitor import Monitor
 from fedllm.privacy import adversaries, guard
 from fedllm.privacy.calibration import update_multiplier
 from fedllm.privacy.clipping import next_clip, noisy_fraction
+from fedllm.privacy.events import sum_multiplier
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
@@ -119,7 +120,7 @@ class Federation:
         clip = public.clip_norm(rows, encode, self.config, self.unit_examples)
         size = 2 * len(self.engine.layout.factors)
         while self.progress.warmup_rounds < settings.warmup_rounds:
-            spec = self.spec(1, self.progress.warmup_rounds, "moments", "none", size, clip, self.stage1_multiplier, noise_in="code")
+            spec = self.stage1_spec(self.progress.warmup_rounds, size, clip)
             self.guard(spec)
             with self.monitor.phase(f"stage 1, round {self.progress.warmup_rounds + 1} of {settings.warmup_rounds}: private moments"):
                 mean = self.private_mean(spec, encode)
@@ -127,7 +128,8 @@ class Federation:
             self.progress.warmup_rounds += 1
             self.save()
         with self.watch.phase("codec"):
-            mean, std = moments.moments_to_std(self.moments / settings.warmup_rounds, scale)
+            noise_std = self.stage1_spec(0, size, clip).mean_std / settings.warmup_rounds**0.5
+            mean, std = moments.moments_to_std(self.moments / settings.warmup_rounds, scale, noise_std=noise_std)
             prior = from_moments(self.engine.layout, mean, std)
         self.fit(prior, rows)
         self.save()
@@ -175,16 +177,15 @@ class Federation:
     def fit(self, prior: GaussianPrior | None, rows: public.PublicGradients | None) -> None:
         """Fit the codec to a prior, and take the clip norm from held-out public gradients."""
         settings = self.config.codec
-        noise_std = self.multiplier / max(self.expected, 1.0)
+        noise_std = sum_multiplier(self.config.privacy.noise, self.multiplier, self.shares) / max(self.expected, 1.0)
         with self.watch.phase("codec"), self.monitor.phase(f"fitting the {settings.family} codec"):
-            self.codec = codecs.CODECS[settings.family].fit(
-                prior,
-                self.engine.layout,
-                settings.code_size,
-                noise_std,
-                self.public_seed + self.progress.rounds,
-                steps=settings.fit_steps,
-            )
+            family, seed = codecs.CODECS[settings.family], self.public_seed + self.progress.rounds
+            try:
+                self.codec = family.fit(prior, self.engine.layout, settings.code_size, noise_std, seed, steps=settings.fit_steps)
+            except ValueError as error:  # public text that spans too few directions, say
+                raise UserError(f"codec.family={settings.family}: {error}") from None
+            except FloatingPointError as error:
+                raise RunStopped(str(error)) from None
             self.progress.codec = self.codec.fingerprint()
             self.progress.prior = f"{prior.name}:{prior.fingerprint()}" if prior is not None else "none"
             first = self.progress.clip is None
@@ -204,14 +205,17 @@ class Federation:
         self.progress.clip = next_clip(spec.clip, below, clip.quantile, clip.lr)
         return mean[:-1]
 
+    def stage1_spec(self, number: int, size: int, clip: float) -> PrivateSum:
+        """What warm-up round `number` will release."""
+        return self.spec(1, number, "moments", "none", size, clip, self.stage1_multiplier, noise_in="code")
+
     def stage2_spec(self, number: int) -> PrivateSum:
         """What round `number` will release."""
         privacy = self.config.privacy
         clip = self.progress.clip if privacy.enabled else float("inf")
         weight = 0.0
         if privacy.enabled and privacy.clip.mode == "adaptive":
-            shares = self.shares if privacy.noise == "local" else 1
-            of_sum = self.multiplier * shares**0.5
+            of_sum = sum_multiplier(privacy.noise, self.multiplier, self.shares)
             weight = clip * update_multiplier(of_sum, privacy.clip.bit_multiplier) / privacy.clip.bit_multiplier
         size = self.codec.code_size + (weight > 0)
         return self.spec(2, number, self.progress.codec, self.progress.prior, size, clip, self.multiplier, privacy.noise_in, weight)
@@ -339,7 +343,8 @@ class Federation:
             return
         tensors, facts = found
         self.progress = Progress(**facts)
-        self.watch.seconds.update(self.progress.seconds)
+        for phase, seconds in self.progress.seconds.items():
+            self.watch.seconds[phase] += seconds
         self.optimizer.restore(tensors)
         self.engine.load(tensors["adapter"])
         self.moments = tensors.get("moments")

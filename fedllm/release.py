@@ -72,8 +72,14 @@ class PrivateSum:
 
     @property
     def scale(self) -> float:
-        """Step of the lattice: a function of C, z and the bit width, the same for all."""
-        return levels(self.sensitivity, self.share_std, self.bits) if self.bits != 32 else 1.0
+        """Step of the lattice: a function of C, z and the bit width, the same for all.
+
+        A client of several units sends their sum: there is room for twice as many aligned units as it samples on average.
+        """
+        if self.bits == 32:
+            return 1.0
+        units = 1.0 if self.unit == "client" else max(1.0, 2 * self.expected / self.clients)
+        return levels(units * self.sensitivity, self.share_std, self.bits)
 
     def header(self, client: int) -> Header:
         return Header(run=self.run, round=self.round, client=client, codec=self.codec, scale=self.scale)
@@ -90,10 +96,9 @@ class PrivateSum:
         )
 
     def ledger_entry(self, rng: str) -> dict[str, Any]:
-        """The record of what is about to be released."""
+        """The record of what is about to be released; the ledger adds id and attempt."""
         return {
-            "id": f"stage{self.stage}/round{self.round}",
-            "stage": self.stage,
+            "stage": f"stage{self.stage}",
             "round": self.round,
             "mechanism": "gaussian",
             "noise_multiplier": self.noise_multiplier,

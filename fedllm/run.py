@@ -20,7 +20,8 @@ from fedllm.federation import Federation, Progress, public_seed, sampling_rate
 from fedllm.models import resolve_dtype, save_adapter
 from fedllm.monitor import Monitor
 from fedllm.privacy import adversaries
-from fedllm.privacy.calibration import Calibration, calibrate_release, calibrate_server
+from fedllm.privacy.calibration import Calibration, calibrate_release, calibrate_server, update_multiplier
+from fedllm.privacy.events import sum_multiplier
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.noise import default_max_cohort
 from fedllm.setting import Setting, build
@@ -46,6 +47,7 @@ def train(config: Config, before: evaluation.Evaluation | None = None) -> dict[s
         config = resolve(config)
         run_id = new_run_id(config)
         setting = build(config, public_seed(run_id, config))
+        check_sizes(config, setting)
         check_population(config, setting)
         calibration = calibrate(config, setting)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -93,8 +95,8 @@ def _run(
             after, _ = evaluation.look(setting, config, monitor.phase, "evaluating the trained model")
         save_adapter(setting.engine.model, run_dir / "adapter")
         results = gather(config, setting, federation, progress, after, watch)
-        write_json(run_dir / "results.json", results)
         monitor.finish(results, progress.history)
+        write_json(run_dir / "results.json", results)  # last: where it stands, the run is finished
     return results
 
 
@@ -115,6 +117,13 @@ def new_run_id(config: Config) -> str:
         return secrets.token_hex(8)
     values = dataclasses.asdict(config) | {"output_dir": None}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_sizes(config: Config, setting: Setting) -> None:
+    """Raise UserError for a code longer than the update."""
+    size, code_size = setting.engine.layout.size, config.codec.code_size
+    if code_size is not None and code_size > size:
+        raise UserError(f"codec.code_size={code_size}: expected at most {size}, the number of trained parameters")
 
 
 def check_population(config: Config, setting: Setting) -> None:
@@ -152,6 +161,8 @@ def calibrate(config: Config, setting: Setting) -> Calibration | None:
             noise=privacy.noise,
             shares=shares,
         )
+    if privacy.clip.mode == "adaptive":
+        update_multiplier(sum_multiplier(privacy.noise, found.stage2_multiplier, shares), privacy.clip.bit_multiplier)  # refuses in time
     return found
 
 
@@ -226,7 +237,7 @@ def gather(
         "parameters": setting.engine.layout.size,
         "code_size": federation.codec.code_size if federation.codec is not None else None,
         "clients": config.federation.clients,
-        "expected_cohort": config.federation.expected_cohort,
+        "expected_cohort": round(federation.expected, 6),  # units; their number is public
         "diagnostics": None,
         "history": progress.history,
         "seconds": watch.total(),

@@ -32,8 +32,9 @@ def noisy_mean(messages: Iterable[bytes], spec: PrivateSum, noise: Noise) -> Ten
         except MessageError:
             continue
         code = dequantize(lattice, spec.scale)
-        if spec.private and spec.noise == "central":
-            # Rounding before the noise can lengthen a code; the sensitivity is what this clip says.
+        if spec.private and spec.noise == "central" and spec.unit == "client":
+            # Rounding before the noise can lengthen a code; the sensitivity is what this clip says. (A sum of several users' codes
+            # comes unrounded and is no single unit's: clipping it would cut it to the length of one.)
             code = clip_units(torch.from_numpy(code)[None], spec.sensitivity)[0].double().numpy()
         total += code
         shares += 1
@@ -62,8 +63,13 @@ class ServerOptimizer:
         """
         if not torch.isfinite(update).all():
             raise FloatingPointError("the aggregated update is not finite")
+        before = self.adapter.detach().clone()
         self.adapter.grad = update
         self.optimizer.step()
+        if not torch.isfinite(self.adapter).all():
+            with torch.no_grad():
+                self.adapter.copy_(before)
+            raise FloatingPointError("the new adapter is not finite")
         return self.adapter.detach().clone()
 
     def state(self) -> dict[str, Tensor]:

@@ -47,10 +47,10 @@ class Simulation:
             taken = self.noise.uniform((len(units),), purpose="units", stage=spec.stage, round=spec.round, client=client)
             chosen = [unit for unit, draw in zip(units, taken, strict=True) if draw < spec.sampling_rate]
             length = self.setting.engine.layout.size if spec.noise_in == "update" else spec.size
-            total = torch.zeros(length)
+            total = torch.zeros(length, dtype=torch.float64)
             for _, updates in self._updates(chosen):
                 with self.watch.phase("codec"):
-                    total += unit_vectors(updates, encode, spec).sum(0)
+                    total += unit_vectors(updates, encode, spec).sum(0, dtype=torch.float64)
             yield client, total
 
     def _updates(self, records: list[np.ndarray]) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -1,0 +1,5 @@
+"""`python -m fedllm`."""
+
+from fedllm.cli import main
+
+main()
