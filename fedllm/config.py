@@ -1,148 +1,16 @@
-"""The experiment config: typed dataclasses, read from YAML with `key=value` overrides. A wrong key or type is an error that names it."""
+"""Reading the experiment config: YAML and `key=value` overrides into typed dataclasses. A wrong key or type is an error that names it."""
 
 from __future__ import annotations
 
 import difflib
-import math
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from fedllm.errors import UserError
-
-
-@dataclass
-class ModelConfig:
-    name: str = "smollm2-135m"  # demo asset, hub id, folder or GGUF file
-    dtype: str = "auto"  # auto (the faster of the two, measured) | float32 | bfloat16
-
-
-@dataclass
-class ColumnsConfig:
-    text: str = "text"
-    label: str = "label"
-    user: str | None = None
-
-
-@dataclass
-class TaskConfig:
-    kind: str = "labels"  # labels (label words of a causal LM) | classify (a head) | text (next token)
-    source: str = "movie-reviews"  # demo asset, hub id, or a csv, tsv, jsonl or parquet file
-    test: str | None = None  # held-out file; without it the source's own test part, or a seeded split
-    public: str | None = "newsgroups"
-    eval_examples: int = 2000
-    monitor_examples: int = 200  # of these, how many are looked at after each round
-    max_length: int = 64
-    prompt: str | None = None
-    words: list[str] | None = None
-    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-
-
-@dataclass
-class LoraConfig:
-    r: int = 8
-    alpha: float = 16
-    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
-    train: str = "both"  # both | b (A stays at its random start)
-
-
-@dataclass
-class PartitionConfig:
-    kind: str = "iid"  # iid | dirichlet | column
-    alpha: float = 0.5
-
-
-@dataclass
-class LocalConfig:
-    steps: int = 1  # 1: the gradient itself; more: steps of SGD, the update is the weight delta
-    lr: float = 1.0
-
-
-@dataclass
-class ServerConfig:
-    optimizer: str = "adam"  # sgd | momentum | adam
-    lr: float = 1e-3
-    momentum: float = 0.9
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-
-
-@dataclass
-class FederationConfig:
-    clients: int = 2000
-    expected_cohort: int = 100
-    max_cohort: int | None = None
-    unit_sampling_rate: float | None = None
-    rounds: int = 10
-    transport: str = "simulation"
-    partition: PartitionConfig = field(default_factory=PartitionConfig)
-    local: LocalConfig = field(default_factory=LocalConfig)
-    server: ServerConfig = field(default_factory=ServerConfig)
-
-
-@dataclass
-class CodecConfig:
-    family: str = "linear"
-    prior: str = "public"
-    code_size: int | None = 128  # null: what the family fixes (identity: n, autoencoder: 1/64)
-    refresh: int = 3  # refit every this many rounds (prior: public); 0: never
-    bits: int = 16  # 8 | 16 | 32 (float32, not quantized)
-    public_examples: int = 160  # public gradients at each fit; a fifth is held out for the clip norm
-    warmup_rounds: int = 2  # stage 1 (prior: moments)
-    warmup_public_steps: int = 3  # steps on public text before stage 1: at LoRA's start B = 0 and A's gradient is exactly zero
-    fit_steps: int = 200  # auto-encoder
-
-
-@dataclass
-class TargetConfig:
-    adversary: str = "release"  # release | server
-    epsilon: float = 8.0
-    delta: float = 1e-4
-
-
-@dataclass
-class ClipConfig:
-    mode: str = "fixed"  # fixed | adaptive
-    norm: Any = "auto"  # auto: the median norm of public pseudo-units' codes; or a number
-    quantile: float = 0.5
-    lr: float = 0.2
-    bit_multiplier: float = 10.0  # noise multiplier of the adaptive clip's bits
-
-
-@dataclass
-class PrivacyConfig:
-    enabled: bool = True
-    target: TargetConfig = field(default_factory=TargetConfig)
-    unit: str = "client"  # client | user
-    noise: str = "distributed"  # distributed | local | central
-    noise_in: str = "code"  # code | update
-    clip: ClipConfig = field(default_factory=ClipConfig)
-    stage1_share: float = 0.05
-
-
-@dataclass
-class EngineConfig:
-    name: str = "torch"
-    batch_tokens: int = 2048
-
-
-@dataclass
-class ParallelConfig:
-    mode: str = "none"
-
-
-@dataclass
-class Config:
-    model: ModelConfig = field(default_factory=ModelConfig)
-    task: TaskConfig = field(default_factory=TaskConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    method: str = "dr_encoder"
-    federation: FederationConfig = field(default_factory=FederationConfig)
-    codec: CodecConfig = field(default_factory=CodecConfig)
-    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    seed: int | None = None
-    output_dir: str = "runs/quickstart"
+from fedllm.methods import apply_method, check_combination
+from fedllm.schema import Config
+from fedllm.validate import in_range, one_of
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
@@ -153,8 +21,6 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
-
-    from fedllm.methods import apply_method
 
     path = Path(path)
     if not path.is_file():
@@ -196,26 +62,8 @@ def check_keys(given: Any, schema: type, where: str, prefix: str = "") -> None:
             check_keys(value, factory, where, f"{prefix}{key}.")
 
 
-def one_of(key: str, value: Any, allowed: Any) -> None:
-    """Raise UserError unless `value` is one of the allowed names."""
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), [str(name) for name in allowed], 1, 0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{key}={value}: expected one of {', '.join(str(name) for name in allowed)}{hint}")
-
-
-def in_range(key: str, value: float, low: float, high: float = float("inf"), open_low: bool = False, open_high: bool = False) -> None:
-    """Raise UserError unless low <= value <= high (or <, where open)."""
-    good = math.isfinite(value) and (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
-    if not good:
-        bounds = f"{low:g} {'<' if open_low else '<='} {key}" + ("" if high == float("inf") else f" {'<' if open_high else '<='} {high:g}")
-        raise UserError(f"{key}={value}: expected {bounds}")
-
-
 def check(config: Config) -> None:
     """Raise UserError for a value out of range or a combination that makes no sense: the one allow-list."""
-    from fedllm.methods import check_combination
-
     fed, privacy, codec, task = config.federation, config.privacy, config.codec, config.task
     one_of("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
     one_of("task.kind", task.kind, ("labels", "classify", "text"))

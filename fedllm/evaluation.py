@@ -14,9 +14,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dr_encoder.message import pack
-from fedllm.config import Config, load_config
+from fedllm.config import load_config
 from fedllm.errors import UserError
 from fedllm.release import PrivateSum
+from fedllm.schema import Config
 from fedllm.setting import Setting, build
 from fedllm.training.engine import Encoded, Evaluation
 

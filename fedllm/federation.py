@@ -20,7 +20,6 @@ from dr_encoder.codecs import Codec
 from dr_encoder.priors import GaussianPrior, factor_rms, from_moments
 from fedllm import evaluation, public
 from fedllm.checkpoint import Checkpoints
-from fedllm.config import Config
 from fedllm.errors import RunStopped, UserError
 from fedllm.monitor import Monitor
 from fedllm.privacy import adversaries, guard
@@ -30,6 +29,7 @@ from fedllm.privacy.events import sum_multiplier
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
+from fedllm.schema import Config
 from fedllm.server import ServerOptimizer, noisy_mean
 from fedllm.setting import Setting
 from fedllm.stopwatch import Stopwatch

@@ -6,8 +6,9 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedllm.config import Config, one_of
 from fedllm.errors import UserError
+from fedllm.schema import Config
+from fedllm.validate import one_of
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import GaussianPrior, from_public_gradients
-from fedllm.config import Config
 from fedllm.errors import UserError
 from fedllm.methods import held_out_rows
+from fedllm.schema import Config
 from fedllm.server import ServerOptimizer
 from fedllm.setting import Setting
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedllm import evaluation
 from fedllm.checkpoint import Checkpoints, write_json, write_whole
-from fedllm.config import Config, load_config, save_config
+from fedllm.config import load_config, save_config
 from fedllm.errors import UserError
 from fedllm.federation import Federation, Progress, public_seed, sampling_rate
 from fedllm.models import resolve_dtype, save_adapter
@@ -24,6 +24,7 @@ from fedllm.privacy.calibration import Calibration, calibrate_release, calibrate
 from fedllm.privacy.events import sum_multiplier
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.noise import default_max_cohort
+from fedllm.schema import Config
 from fedllm.setting import Setting, build
 from fedllm.stopwatch import Stopwatch
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dr_encoder.message import Inbox, MessageError
 from dr_encoder.quantize import dequantize
-from fedllm.config import ServerConfig
 from fedllm.privacy.clipping import clip_units
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
+from fedllm.schema import ServerConfig
 
 
 def noisy_mean(messages: Iterable[bytes], spec: PrivateSum, noise: Noise) -> Tensor:

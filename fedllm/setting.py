@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedllm.config import Config
 from fedllm.data import prompts, sources
 from fedllm.data.partition import Partition, make_partition
 from fedllm.errors import UserError
+from fedllm.schema import Config
 from fedllm.training.engine import Encoded, TorchEngine
 from fedllm.training.objectives import ClassHead, LabelWords, NextToken
 

@@ -2,9 +2,9 @@
 
     python scripts/grid.py configs/grids/evidence.yaml [--json] [--report]
 
-A grid is a YAML file: `config` (a config file), `common` (overrides of every run), `seeds`, `out` (a folder), `reference` (a variant, for the
-paired differences) and `variants` (name -> overrides). Finished runs are kept and interrupted ones resumed, so that it continues where it
-stopped; `--report` only reads what is there.
+A grid is a YAML file: `config` (a config file), `common` (overrides of every run), `seeds`, `out` (a folder), `reference` (a
+variant, for the paired differences) and `variants` (name -> overrides). Finished runs are kept and interrupted ones resumed, so
+that it continues where it stopped; `--report` only reads what is there.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def interval(values: list[float]) -> dict[str, Any]:
 def markdown(rows: list[dict[str, Any]], reference: str | None) -> str:
     """The table of the README."""
     lines = [
-        f"| run | release ε | accuracy, mean (each seed) | gain over untrained, points | against {reference}, points | loss | bytes up | share of time |",
+        "| run | release ε | accuracy, mean (each seed) | gain over untrained, points "
+        f"| against {reference}, points | loss | bytes up | share of time |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -132,7 +133,8 @@ def markdown(rows: list[dict[str, Any]], reference: str | None) -> str:
         accuracy, loss = (sum(row[key]) / len(row[key]) for key in ("accuracy", "loss"))
         lines.append(
             f"| {row['variant']} | {epsilon} | {100 * accuracy:.2f} ({each}) | {with_interval(row['gain'])} | "
-            f"{with_interval(row.get('difference'))} | {loss:.3f} | {row['uplink_bytes_per_client_round']:,} | {100 * row['overhead']:.1f} % |"
+            f"{with_interval(row.get('difference'))} | {loss:.3f} | {row['uplink_bytes_per_client_round']:,} "
+            f"| {100 * row['overhead']:.1f} % |"
         )
     return "\n".join(lines)
 

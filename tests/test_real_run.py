@@ -54,7 +54,6 @@ def test_evaluate_and_report_find_the_same_again(finished):
 
 def test_the_adapter_loads_in_plain_peft_and_is_trained(finished):
     from peft import PeftModel
-
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fedllm.models import resolve

@@ -111,6 +111,8 @@ def wiener_gain(mean_code: Tensor, noise_std: float, prior_variance: Tensor, lea
     """
     if noise_std == 0:
         return torch.ones_like(mean_code)
+    if not prior_variance.any():
+        return torch.zeros_like(mean_code)
     noise = noise_std**2
     floor = least * noise * len(mean_code)
     scale = max(float((mean_code.double().square() - noise).sum()), floor) / float(prior_variance.double().sum())

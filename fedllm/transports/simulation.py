@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from fedllm.client import Encode, message, unit_vectors
-from fedllm.config import LocalConfig
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
+from fedllm.schema import LocalConfig
 from fedllm.setting import Setting
 from fedllm.stopwatch import Stopwatch
 from fedllm.transports import register

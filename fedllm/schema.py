@@ -1,0 +1,140 @@
+"""The config's schema: what can be set, and what it is when it is not. The README and `configs/` show it in use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class ModelConfig:
+    name: str = "smollm2-135m"  # demo asset, hub id, folder or GGUF file
+    dtype: str = "auto"  # auto (the faster of the two, measured) | float32 | bfloat16
+
+
+@dataclass
+class ColumnsConfig:
+    text: str = "text"
+    label: str = "label"
+    user: str | None = None
+
+
+@dataclass
+class TaskConfig:
+    kind: str = "labels"  # labels (label words of a causal LM) | classify (a head) | text (next token)
+    source: str = "movie-reviews"  # demo asset, hub id, or a csv, tsv, jsonl or parquet file
+    test: str | None = None  # held-out file; without it the source's own test part, or a seeded split
+    public: str | None = "newsgroups"
+    eval_examples: int = 2000
+    monitor_examples: int = 200  # of these, how many are looked at after each round
+    max_length: int = 64
+    prompt: str | None = None
+    words: list[str] | None = None
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+
+
+@dataclass
+class LoraConfig:
+    r: int = 8
+    alpha: float = 16
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    train: str = "both"  # both | b (A stays at its random start)
+
+
+@dataclass
+class PartitionConfig:
+    kind: str = "iid"  # iid | dirichlet | column
+    alpha: float = 0.5
+
+
+@dataclass
+class LocalConfig:
+    steps: int = 1  # 1: the gradient itself; more: steps of SGD, the update is the weight delta
+    lr: float = 1.0
+
+
+@dataclass
+class ServerConfig:
+    optimizer: str = "adam"  # sgd | momentum | adam
+    lr: float = 1e-3
+    momentum: float = 0.9
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+
+
+@dataclass
+class FederationConfig:
+    clients: int = 2000
+    expected_cohort: int = 100
+    max_cohort: int | None = None
+    unit_sampling_rate: float | None = None
+    rounds: int = 10
+    transport: str = "simulation"
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+
+@dataclass
+class CodecConfig:
+    family: str = "linear"
+    prior: str = "public"
+    code_size: int | None = 128  # null: what the family fixes (identity: n, autoencoder: 1/64)
+    refresh: int = 3  # refit every this many rounds (prior: public); 0: never
+    bits: int = 16  # 8 | 16 | 32 (float32, not quantized)
+    public_examples: int = 160  # public gradients at each fit; a fifth is held out for the clip norm
+    warmup_rounds: int = 2  # stage 1 (prior: moments)
+    warmup_public_steps: int = 3  # steps on public text before stage 1: at LoRA's start B = 0 and A's gradient is exactly zero
+    fit_steps: int = 200  # auto-encoder
+
+
+@dataclass
+class TargetConfig:
+    adversary: str = "release"  # release | server
+    epsilon: float = 8.0
+    delta: float = 1e-4
+
+
+@dataclass
+class ClipConfig:
+    mode: str = "fixed"  # fixed | adaptive
+    norm: Any = "auto"  # auto: the median norm of public pseudo-units' codes; or a number
+    quantile: float = 0.5
+    lr: float = 0.2
+    bit_multiplier: float = 10.0  # noise multiplier of the adaptive clip's bits
+
+
+@dataclass
+class PrivacyConfig:
+    enabled: bool = True
+    target: TargetConfig = field(default_factory=TargetConfig)
+    unit: str = "client"  # client | user
+    noise: str = "distributed"  # distributed | local | central
+    noise_in: str = "code"  # code | update
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    stage1_share: float = 0.05
+
+
+@dataclass
+class EngineConfig:
+    name: str = "torch"
+    batch_tokens: int = 2048
+
+
+@dataclass
+class ParallelConfig:
+    mode: str = "none"
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    method: str = "dr_encoder"
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    seed: int | None = None
+    output_dir: str = "runs/quickstart"
