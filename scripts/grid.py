@@ -119,24 +119,30 @@ def interval(values: list[float]) -> dict[str, Any]:
 
 def markdown(rows: list[dict[str, Any]], reference: str | None) -> str:
     """The table of the README."""
-    lines = [
-        "| run | release ε | accuracy, mean (each seed) | gain over untrained, points "
-        f"| against {reference}, points | loss | bytes up | share of time |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["run", "release ε", "accuracy, mean (each seed)", "gain over untrained, points", f"against {reference}, points"]
+    columns += ["loss", "bytes up", "share of time"]
+    cells = [columns, ["---"] * len(columns)]
     for row in rows:
         if not row["seeds"]:
-            lines.append(f"| {row['variant']} | not run | | | | | | |")
+            cells.append([row["variant"], "not run"] + [""] * (len(columns) - 2))
             continue
-        epsilon = "none" if row["epsilon_release"] is None else f"{row['epsilon_release']:.3f}"
-        each = ", ".join(f"{100 * value:.1f}" for value in row["accuracy"])
         accuracy, loss = (sum(row[key]) / len(row[key]) for key in ("accuracy", "loss"))
-        lines.append(
-            f"| {row['variant']} | {epsilon} | {100 * accuracy:.2f} ({each}) | {with_interval(row['gain'])} | "
-            f"{with_interval(row.get('difference'))} | {loss:.3f} | {row['uplink_bytes_per_client_round']:,} "
-            f"| {100 * row['overhead']:.1f} % |"
+        each = ", ".join(f"{100 * value:.2f}" for value in row["accuracy"])
+        cells.append(
+            [
+                row["variant"],
+                "none" if row["epsilon_release"] is None else f"{row['epsilon_release']:.3f}",
+                f"{100 * accuracy:.2f} ({each})",
+                with_interval(row["gain"]),
+                with_interval(row.get("difference")),
+                f"{loss:.3f}",
+                f"{row['uplink_bytes_per_client_round']:,}",
+                f"{100 * row['overhead']:.1f} %",
+            ]
         )
-    return "\n".join(lines)
+    if reference is None:
+        cells = [row[:4] + row[5:] for row in cells]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
 def with_interval(value: dict[str, Any] | None) -> str:

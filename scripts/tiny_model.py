@@ -63,7 +63,9 @@ def write_model(folder: Path) -> None:
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     words = FRAME + GOOD + BAD + PLAIN + OTHER
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -344,7 +344,9 @@ def test_an_optimiser_restored_goes_on_as_if_never_stopped(name):
 
 
 def test_sgd_descends_along_the_update():
-    assert torch.allclose(ServerOptimizer(torch.ones(2), ServerConfig("sgd", 0.5)).step(torch.tensor([1.0, -2.0])), torch.tensor([0.5, 2.0]))
+    assert torch.allclose(
+        ServerOptimizer(torch.ones(2), ServerConfig("sgd", 0.5)).step(torch.tensor([1.0, -2.0])), torch.tensor([0.5, 2.0])
+    )
 
 
 @pytest.mark.parametrize("update", [[math.nan, 0.0], [math.inf, 0.0], [3e38, 1.0]])

@@ -369,18 +369,23 @@ def test_stage_1_that_is_killed_too_often_does_not_exceed_the_target(configured,
 @pytest.mark.parametrize("overrides", [[], MOMENTS, USERS, ["privacy.noise=central"]])
 def test_no_randomness_is_drawn_before_its_entry_is_on_disk(overrides, configured, tmp_path, no_plot, monkeypatch):
     ledger, drawn = tmp_path / "run" / "ledger.jsonl", []
-    for name in ("gaussian", "uniform", "binomial", "choice"):
 
-        def checked(self, *args, _real=getattr(Noise, name), _name=name, **key):
+    def watched(name):
+        real = getattr(Noise, name)
+
+        def draw(self, *args, **key):
             last = json.loads(ledger.read_text().splitlines()[-1])
             assert last["id"] == f"stage{key['stage']}/round{key['round']}"
-            drawn.append((_name, key["purpose"], last["id"]))
-            return _real(self, *args, **key)
+            drawn.append((name, last["id"]))
+            return real(self, *args, **key)
 
-        monkeypatch.setattr(Noise, name, checked)
+        monkeypatch.setattr(Noise, name, draw)
+
+    for name in ("gaussian", "uniform", "binomial", "choice"):
+        watched(name)
     run.train(configured("run", *overrides))
     _, entries = read_ledger(ledger)
-    assert {where for kind, _, where in drawn if kind == "gaussian"} == {entry["id"] for entry in entries}
+    assert {where for kind, where in drawn if kind == "gaussian"} == {entry["id"] for entry in entries}
 
 
 def test_a_non_finite_aggregate_stops_the_run_and_keeps_the_state(configured, reference, tmp_path, monkeypatch):
@@ -391,7 +396,7 @@ def test_a_non_finite_aggregate_stops_the_run_and_keeps_the_state(configured, re
         return real(*args) * (math.nan if next(calls) == 2 else 1)
 
     monkeypatch.setattr(federation, "noisy_mean", broken)
-    with pytest.raises(RunStopped, match="round 2: .*not finite; the state after round 1 is kept"):
+    with pytest.raises(RunStopped, match=r"round 2: .*not finite; the state after round 1 is kept"):
         run.train(configured("run", *SETTINGS["public"]))
     monkeypatch.setattr(federation, "noisy_mean", real)
     run.resume(tmp_path / "run")
@@ -428,9 +433,7 @@ def test_no_output_depends_on_the_cohort_but_through_the_noisy_mean(overrides, c
     everything = []
     for members in (1, 25):
         monkeypatch.setattr(run, "new_run_id", lambda config, members=members: f"00000000{members:08d}")
-        monkeypatch.setattr(
-            Noise, "sample_cohort", lambda self, population, q, most, members=members, **key: torch.arange(members).numpy()
-        )
+        monkeypatch.setattr(Noise, "sample_cohort", lambda self, population, q, most, members=members, **key: torch.arange(members).numpy())
         results = run.train(configured("run", *overrides))
         folder = tmp_path / "run"
         _, facts = Checkpoints(folder / "checkpoints").latest()

@@ -199,5 +199,5 @@ def test_a_bias_is_collected_too():
 
 def test_a_trainable_parameter_elsewhere_is_refused():
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    with pytest.raises(ValueError, match="in linear layers only, found 1.bias in a LayerNorm"):
+    with pytest.raises(ValueError, match=r"in linear layers only, found 1\.bias in a LayerNorm"):
         UnitGradients(model, AdapterLayout.of(model.named_parameters()))
