@@ -22,7 +22,7 @@ from fedllm.monitor import Monitor
 from fedllm.privacy import adversaries
 from fedllm.privacy.calibration import Calibration, calibrate_release, calibrate_server, update_multiplier
 from fedllm.privacy.events import sum_multiplier
-from fedllm.privacy.ledger import Ledger
+from fedllm.privacy.ledger import PART_NAME, Ledger
 from fedllm.privacy.noise import default_max_cohort
 from fedllm.schema import Config
 from fedllm.setting import Setting, build
@@ -30,7 +30,7 @@ from fedllm.stopwatch import Stopwatch
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "dp-accounting")
 
-BEFORE_LEDGER = {"config.yaml", ".config.yaml.part"}  # a run killed before its ledger stood has released nothing
+BEFORE_LEDGER = {"config.yaml", ".config.yaml.part", PART_NAME}  # a run killed before its ledger stood has released nothing
 
 
 def train(config: Config, before: evaluation.Evaluation | None = None) -> dict[str, Any]:

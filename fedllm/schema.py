@@ -17,6 +17,7 @@ class ColumnsConfig:
     text: str = "text"
     label: str = "label"
     user: str | None = None
+    public: str = "text"  # text column of task.public
 
 
 @dataclass

@@ -21,7 +21,7 @@ def noisy_mean(messages: Iterable[bytes], spec: PrivateSum, noise: Noise) -> Ten
     """Mean over the *expected* cohort [size], its noise std exactly spec.mean_std whoever took part.
 
     A refused message counts as the zero code: nothing about it is told, and the server draws the noise share it would have brought.
-    A well-formed hostile message is bounded by the lattice, not detected.
+    A well-formed hostile message is not detected; the lattice bounds it (with 32 bits only `central` does, by clipping again).
     """
     inbox = Inbox(spec.expects())
     total = np.zeros(spec.size)

@@ -102,7 +102,7 @@ def make_objective(config: Config, tokenizer, label_names: list[str]):
 
 def public_examples(config: Config, encode, labels: int, seed: int, most: int = 4000) -> Encoded:
     """Public text in the task's own prompt. Labels are drawn at random: the direction of a gradient hardly needs the right one."""
-    table = sources.load(config.task.public, eval_examples=1, labelled=False).train
+    table = sources.load(config.task.public, eval_examples=1, labelled=False, text=config.task.columns.public).train
     rng = np.random.default_rng([seed, 1])
     texts = [table.texts[i] for i in rng.permutation(len(table.texts))[:most]]
     if len(texts) < config.codec.public_examples:

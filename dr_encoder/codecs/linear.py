@@ -61,8 +61,9 @@ def principal_subspace(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     By the Gram matrix of the rows, so that nothing of size n x n is formed.
     Raises ValueError where the rows span fewer directions.
     """
-    gram = rows @ rows.T
-    values, vectors = torch.linalg.eigh(gram.double())
+    # float64: in float32 the small eigenvalues would be rounding. By pieces: the rows are not copied whole.
+    gram = sum(piece.double() @ piece.double().T for piece in rows.split(65_536, dim=1))
+    values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0), vectors.flip(1)
     spanned = int((values > 1e-6 * values[0]).sum())
     if rank > spanned:

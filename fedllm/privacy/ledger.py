@@ -9,6 +9,7 @@ from pathlib import Path
 from fedllm.errors import UserError
 
 VERSION = 1
+PART_NAME = ".ledger.jsonl.part"  # a ledger whose header is being written
 HEADER_KEYS = ("v", "run", "data", "clients", "target", "planned_rounds", "private", "why_not_private", "unit")
 ENTRY_KEYS = tuple(
     [
@@ -68,21 +69,24 @@ class Ledger:
         header = {"v": VERSION, **header}
         _require(header, HEADER_KEYS, "ledger header")
         line = _line(header)
+        part = path.with_name(PART_NAME)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+            # Linked into place whole: a kill at any moment leaves either no ledger or one with its header.
+            with part.open("wb") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(part, path)
+            part.unlink()
         except FileExistsError:
+            part.unlink()
             raise UserError(
                 f"{path} exists: a ledger is never overwritten; resume the run or choose another output_dir"
             ) from None
         except OSError as error:
             raise UserError(f"cannot create {path}: {error.strerror}") from None
-        ledger = cls(path, descriptor, header, [])
-        try:
-            _lock(descriptor, path)
-            ledger._write(line)
-        except BaseException:
-            ledger.close()
-            raise
+        ledger = cls.open(path)
+        ledger._sync()
         return ledger
 
     @classmethod

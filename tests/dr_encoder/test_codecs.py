@@ -1,6 +1,7 @@
 """One conformance class for every codec family there is, and the closed forms of the linear ones."""
 
 import functools
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -144,7 +145,7 @@ class TestConformance:
         code = codec.encode(rows(9, 30)).mean(0)
         clean = codec.decode(code)
         norms = [float(codec.decode(code, noise).norm()) for noise in (0.0, 0.05, 0.5, 5.0)]
-        assert norms == sorted(norms, reverse=True) and norms[-1] < 0.5 * norms[0]
+        assert all(more <= less * (1 + 1e-6) for less, more in pairwise(norms)) and norms[-1] < 0.5 * norms[0]
         assert float(codec.decode(code, 0.5) @ clean) > 0
 
     @pytest.mark.parametrize("code_size", [0, -1, N + 1])
