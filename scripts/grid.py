@@ -1,10 +1,11 @@
 """Run a grid of configs one after another, and say what came out: mean, paired differences by seed, 95 % intervals.
 
-    python scripts/grid.py configs/grids/evidence.yaml [--json] [--report]
+    python scripts/grid.py configs/grids/evidence.yaml [--report] [--again] [--json]
 
 A grid is a YAML file: `config` (a config file), `common` (overrides of every run), `seeds`, `out` (a folder), `reference` (a
-variant, for the paired differences) and `variants` (name -> overrides). Finished runs are kept and interrupted ones resumed, so
-that it continues where it stopped; `--report` only reads what is there.
+variant, for the paired differences) and `variants` (name -> overrides). Interrupted runs are resumed
+and finished ones kept: their results.json stands in `results/GRID/` as well, which the repository carries, so that the tables of the
+README can be told again at once. `--report` only reads what is there; `--again` trains everything anew.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ def main() -> None:
     parser.add_argument("grid", type=Path)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--report", action="store_true", help="run nothing, read what is there")
+    parser.add_argument("--again", action="store_true", help="do not take finished runs from results/, train them here")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run these only: two processes can share a grid")
     arguments = parser.parse_args()
     grid = yaml.safe_load(arguments.grid.read_text())
+    grid["kept"] = None if arguments.again else Path("results") / arguments.grid.stem
     if not arguments.report:
         run_all(grid, arguments.only or list(grid["variants"]))
     rows = [summary(grid, name) for name in grid["variants"]]
@@ -52,8 +55,9 @@ def run_all(grid: dict[str, Any], names: list[str]) -> None:
         for name in names:
             overrides = grid["variants"][name]
             where = folder(grid, name, seed)
-            if (where / "results.json").exists():
-                results = json.loads((where / "results.json").read_text())
+            results = read(grid, name, seed)
+            if results is not None:
+                pass
             elif (where / "ledger.jsonl").exists():
                 results = resume(where)
             else:
@@ -61,7 +65,20 @@ def run_all(grid: dict[str, Any], names: list[str]) -> None:
                 config = load_config(grid["config"], settings)
                 print(f"grid: {where}", file=sys.stderr, flush=True)
                 results = train(config, known.get(task_of(grid, overrides)))
+            keep(grid, name, seed, results)
             known[task_of(grid, overrides)] = Evaluation(results["loss_before"], results["accuracy_before"])
+
+
+def kept_file(grid: dict[str, Any], name: str, seed: int) -> Path | None:
+    return None if grid["kept"] is None else grid["kept"] / f"{name}-seed{seed}.json"
+
+
+def keep(grid: dict[str, Any], name: str, seed: int, results: dict[str, Any]) -> None:
+    """Put a finished run's results where the repository carries them."""
+    path = kept_file(grid, name, seed)
+    if path is not None and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def task_of(grid: dict[str, Any], overrides: list[str]) -> str:
@@ -71,7 +88,7 @@ def task_of(grid: dict[str, Any], overrides: list[str]) -> str:
 
 def summary(grid: dict[str, Any], name: str) -> dict[str, Any]:
     """One variant over its seeds; differences are to the reference at the same seed, in points."""
-    runs = {seed: results for seed in grid["seeds"] if (results := read(folder(grid, name, seed))) is not None}
+    runs = {seed: results for seed in grid["seeds"] if (results := read(grid, name, seed)) is not None}
     row: dict[str, Any] = {"variant": name, "seeds": sorted(runs)}
     if not runs:
         return row
@@ -92,7 +109,7 @@ def summary(grid: dict[str, Any], name: str) -> dict[str, Any]:
     }
     reference = grid.get("reference")
     if reference and reference != name:
-        others = {seed: read(folder(grid, reference, seed)) for seed in runs}
+        others = {seed: read(grid, reference, seed) for seed in runs}
         row["difference"] = interval([100 * (runs[seed]["accuracy"] - other["accuracy"]) for seed, other in others.items() if other])
     return row
 
@@ -103,9 +120,12 @@ def overhead(seconds: dict[str, float]) -> float:
     return ours / (seconds["total"] - seconds["setup"] - seconds["evaluation"])
 
 
-def read(where: Path) -> dict[str, Any] | None:
-    path = where / "results.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def read(grid: dict[str, Any], name: str, seed: int) -> dict[str, Any] | None:
+    """A finished run's results, from its folder or from what the repository carries."""
+    for path in (folder(grid, name, seed) / "results.json", kept_file(grid, name, seed)):
+        if path is not None and path.exists():
+            return json.loads(path.read_text())
+    return None
 
 
 def interval(values: list[float]) -> dict[str, Any]:
