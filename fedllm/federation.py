@@ -359,5 +359,5 @@ def sampling_rate(config: Config) -> float:
 
 
 def public_seed(run_id: str, config: Config) -> int:
-    """Seed of everything public: LoRA's start, the partition, the choice of public examples, the codec's fit."""
+    """Seed of everything public: LoRA's start, the choice of public examples, the codec's fit."""
     return config.seed if config.seed is not None else int(run_id[:8], 16)

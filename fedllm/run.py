@@ -72,8 +72,17 @@ def resume(run_dir: str | Path) -> dict[str, Any]:
     watch = Stopwatch()
     with watch.phase("setup"):
         ledger = Ledger.open(run_dir / "ledger.jsonl")
+        check_same(config, ledger.header, run_dir)
         setting = build(config, public_seed(ledger.header["run"], config))
+        if setting.partition.unit_count != ledger.header["units"]:
+            raise UserError(f"{config.task.source}: {setting.partition.unit_count} units, the run began with {ledger.header['units']}")
     return _run(config, run_dir, setting, ledger, watch)
+
+
+def check_same(config: Config, header: dict[str, Any], run_dir: Path) -> None:
+    """Raise UserError where the config is not the one that the ledger was begun with."""
+    if fingerprint(config) != header["config"]:
+        raise UserError(f"{run_dir / 'config.yaml'}: changed since the run began; expected the config that its ledger was begun with")
 
 
 def _run(
@@ -114,10 +123,20 @@ def resolve(config: Config) -> Config:
 
 def new_run_id(config: Config) -> str:
     """16 hex digits: random, or with a fixed seed a function of the config, so that the same run has the same messages."""
-    if config.seed is None:
-        return secrets.token_hex(8)
+    return secrets.token_hex(8) if config.seed is None else fingerprint(config)
+
+
+def fingerprint(config: Config) -> str:
+    """16 hex digits over all of a config but where it writes."""
     values = dataclasses.asdict(config) | {"output_dir": None}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def population(config: Config) -> str:
+    """16 hex digits over what makes a unit the same unit in two runs: the split into held-out and private data, and the partition."""
+    task = config.task
+    made_of = [task.test, task.eval_examples, dataclasses.asdict(task.columns), dataclasses.asdict(config.federation.partition)]
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_sizes(config: Config, setting: Setting) -> None:
@@ -183,6 +202,8 @@ def ledger_header(config: Config, run_id: str, setting: Setting, calibration: Ca
     return {
         "run": run_id,
         "data": config.task.source,
+        "population": population(config),
+        "config": fingerprint(config),
         "clients": config.federation.clients,
         "units": setting.partition.unit_count,
         "unit": config.privacy.unit,

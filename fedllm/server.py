@@ -18,7 +18,7 @@ from fedllm.schema import ServerConfig
 
 
 def noisy_mean(messages: Iterable[bytes], spec: PrivateSum, noise: Noise) -> Tensor:
-    """Mean over the *expected* cohort [size], its noise std exactly spec.mean_std whoever took part.
+    """Mean over the *expected* cohort [size], its noise std spec.mean_std (and the lattice's rounding) whoever took part.
 
     A refused message counts as the zero code: nothing about it is told, and the server draws the noise share it would have brought.
     A well-formed hostile message is not detected; the lattice bounds it (with 32 bits only `central` does, by clipping again).
@@ -38,9 +38,17 @@ def noisy_mean(messages: Iterable[bytes], spec: PrivateSum, noise: Noise) -> Ten
             code = clip_units(torch.from_numpy(code)[None], spec.sensitivity)[0].double().numpy()
         total += code
         shares += 1
-    missing = spec.sum_std if spec.noise == "central" else spec.share_std * math.sqrt(max(0, spec.shares - shares))
+    if spec.noise == "central":
+        missing = spec.sum_std
+    else:
+        # A share that came was rounded at random, at a variance of step^2 / 6; one that the server draws must weigh the same.
+        rounding = 0.0 if spec.bits == 32 else spec.scale**2 / 6
+        missing = math.sqrt(max(0, spec.shares - shares) * (spec.share_std**2 + rounding))
     if spec.private and missing > 0:
         total += noise.gaussian(total.shape, missing, purpose="server", stage=spec.stage, round=spec.round)
+    if spec.private and spec.bits != 32:
+        # On the lattice whoever took part: what is released has no low bits of floating-point noise.
+        total = np.round(total / spec.scale) * spec.scale
     return torch.from_numpy(total / spec.expected).float()
 
 

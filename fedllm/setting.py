@@ -14,6 +14,8 @@ from fedllm.schema import Config
 from fedllm.training.engine import Encoded, TorchEngine
 from fedllm.training.objectives import ClassHead, LabelWords, NextToken
 
+PARTITION_SEED = 0  # the same in every run: a client then is the same client in all of them, and their costs compose
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -33,7 +35,7 @@ class Setting:
 def build(config: Config, public_seed: int, adapter: Path | None = None) -> Setting:
     """Load the model and the data, and split the data over clients.
 
-    public_seed: of LoRA's random start, the partition and the choice of public examples. adapter: folder of a saved adapter to start from.
+    public_seed: of LoRA's random start and the choice of public examples. adapter: folder of a saved adapter to start from.
     Raises UserError for anything the config names that is not there.
     """
     from fedllm.models import load_adapter, load_model
@@ -68,7 +70,7 @@ def build(config: Config, public_seed: int, adapter: Path | None = None) -> Sett
         unit=config.privacy.unit,
         labels=data.train.labels,
         users=data.train.users,
-        seed=public_seed,
+        seed=PARTITION_SEED,
         alpha=config.federation.partition.alpha,
     )
     return Setting(engine, tokenizer, train, test, public, partition)

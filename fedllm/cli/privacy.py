@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,8 @@ def report(
     ledgers = [_read(folder) for folder in run_dirs]
     reports = [run_report(str(folder), *ledger) for folder, ledger in zip(run_dirs, ledgers, strict=True)]
     together = composed_reports([str(folder) for folder in run_dirs], ledgers)
+    if len({_population(header) for header, _ in ledgers}) > len({header["data"] for header, _ in ledgers}):
+        print("note: runs on the same data but with other units or another split are not composed", file=sys.stderr)
     if as_json:
         print_json({"runs": reports, "composed": together})
         return
@@ -100,7 +103,7 @@ def _reasons(header: dict[str, Any]) -> list[str]:
 
 def _population(header: dict[str, Any]) -> str:
     """What two ledgers must share for their costs to fall on the same units."""
-    return json.dumps([header["data"], header["unit"], header["clients"], header.get("units")], sort_keys=True)
+    return json.dumps([header["data"], header["unit"], header["clients"], header.get("units"), header.get("population")], sort_keys=True)
 
 
 def report_rows(report: dict[str, Any]) -> list[list[str] | None]:

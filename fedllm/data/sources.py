@@ -1,5 +1,6 @@
 """Text and labels of a task, from a demo asset, a hub id, or local files, as a train part and a held-out part."""
 
+import dataclasses
 import filecmp
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,22 @@ def load(
             "expected fewer held-out examples or a task.test file"
         )
     order = np.random.default_rng(SPLIT_SEED).permutation(len(train))
-    return Dataset(source, train.take(np.sort(order[eval_examples:])), train.take(np.sort(order[:eval_examples])))
+    if train.users is None:
+        return Dataset(source, train.take(np.sort(order[eval_examples:])), train.take(np.sort(order[:eval_examples])))
+    return _split_users(source, train, eval_examples)
+
+
+def _split_users(source: str, table: Table, eval_examples: int) -> Dataset:
+    """Hold out whole users, at random until there are enough examples: no unit is private and public at once."""
+    users = np.random.default_rng(SPLIT_SEED).permutation(table.users.max() + 1)
+    reached = np.cumsum(np.bincount(table.users)[users])
+    held_out = np.isin(table.users, users[: np.searchsorted(reached, eval_examples) + 1])
+    if held_out.all():
+        raise UserError(f"{source}: too few users to hold out task.eval_examples={eval_examples} in whole users; expected fewer")
+    train = table.take(np.flatnonzero(~held_out))
+    renumbered = np.unique(train.users, return_inverse=True)[1].astype(np.int64)
+    test = _sample(table.take(np.flatnonzero(held_out)), eval_examples)
+    return Dataset(source, dataclasses.replace(train, users=renumbered), test)
 
 
 def check_public(public: str, source: str, test: str | None = None) -> None:
@@ -114,14 +130,21 @@ def check_public(public: str, source: str, test: str | None = None) -> None:
 
 
 def _same(one: str, other: str) -> bool:
-    if one.strip().lower() == other.strip().lower():
+    """Whether two sources share data: by name (a hub id without its config), by path, or by a file's content."""
+    if one.strip().lower().partition(":")[0] == other.strip().lower().partition(":")[0]:
         return True
-    first, second = Path(one).expanduser(), Path(other).expanduser()
+    first, second = (Path(name).expanduser() for name in (one, other))
     if not (first.exists() and second.exists()):
         return False
-    if first.resolve() == second.resolve() or first.resolve() in second.resolve().parents:
+    first, second = first.resolve(), second.resolve()
+    if first == second or first in second.parents or second in first.parents:
         return True
-    return first.is_file() and second.is_file() and filecmp.cmp(first, second, shallow=False)
+    return any(filecmp.cmp(a, b, shallow=False) for a in _files(first) for b in _files(second))
+
+
+def _files(path: Path) -> list[Path]:
+    """The data files of a source: itself, or those of a folder."""
+    return [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix.lower() in tables.READERS]
 
 
 def _read(source: str) -> _Parts:

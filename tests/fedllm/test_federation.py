@@ -119,11 +119,11 @@ def test_a_run_writes_all_that_is_promised(tiny, configured, tmp_path, monkeypat
 
     trained = built[0].engine.model
     ids = torch.tensor([[5, 9, 2, 7], [1, 3, 3, 8]])
-    base = AutoModelForCausalLM.from_pretrained(tiny / "model").eval()
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model", attn_implementation="eager").eval()
     with torch.no_grad():
         untrained, after = base(ids).logits, trained(input_ids=ids).logits
         plain = PeftModel.from_pretrained(base, folder / "adapter").eval()
-        assert torch.allclose(plain(ids).logits, after, atol=1e-6)
+        assert torch.allclose(plain(ids).logits, after, atol=1e-5)
         assert (after - untrained).abs().max() > 1e-3
     saved = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert all(value.any() for key, value in saved.items() if "lora_B" in key)
@@ -150,7 +150,7 @@ MODES = {
     "users": USERS,
     "users, in update": [*USERS, "privacy.noise_in=update"],
     "users, central": [*USERS, "privacy.noise=central", "codec.bits=32", "federation.partition.kind=iid"],
-    "users by column": [*USERS, "federation.partition.kind=column", "federation.clients=12"],
+    "users by column": [*USERS, "federation.partition.kind=column", "federation.clients=9"],
     "moments": MOMENTS,
     "moments, linear": ["codec.prior=moments"],
     "moments, users, local": [*MOMENTS, *USERS, "privacy.noise=local"],
@@ -183,7 +183,7 @@ def test_every_mode_runs_within_its_target(mode, configured, tmp_path, no_plot):
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert any(value.any() for key, value in saved.items() if "lora_B" in key)
     if config.privacy.unit == "user":
-        assert results["expected_cohort"] == 6 and header["units"] == 12
+        assert results["expected_cohort"] == 4.5 and header["units"] == 9  # three of the twelve users are held out
     if config.privacy.clip.mode == "adaptive":
         clips = [entry["clip"] for entry in entries]
         assert clips[0] != clips[1] and 0.5 < clips[1] / clips[0] < 2
@@ -310,6 +310,23 @@ def test_a_run_killed_again_and_again_still_ends_the_same(configured, reference,
     assert told(run.resume(tmp_path / "run")) == told(whole)
     assert adapter_of(tmp_path / "run") == adapter
     assert json.loads((tmp_path / "run" / "results.json").read_text())["rounds"] == 3
+
+
+def test_a_run_whose_config_was_edited_is_not_resumed(configured, tmp_path, no_plot):
+    run.train(configured("run", "federation.rounds=1"))
+    folder = tmp_path / "run"
+    (folder / "results.json").unlink()
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("seed: null", "seed: 3"))
+    with pytest.raises(UserError, match="changed since the run began"):
+        run.resume(folder)
+
+
+def test_a_client_is_the_same_client_in_every_run(configured):
+    from fedllm.setting import build
+
+    one, other = (build(configured(), seed).partition for seed in (1, 2))
+    assert all((one.records(client) == other.records(client)).all() for client in range(one.clients))
 
 
 def test_a_finished_run_is_not_resumed(configured, tmp_path, no_plot):

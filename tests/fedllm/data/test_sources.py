@@ -36,14 +36,20 @@ def write(path, rows=ROWS):
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
 def test_every_format_gives_the_same_examples(tmp_path, suffix):
     data = load(write(tmp_path / f"own{suffix}"), eval_examples=10, user="who")
-    assert (len(data.train), len(data.test)) == (30, 10)
+    assert (len(data.train), len(data.test)) == (24, 10)  # two users of eight examples are held out, and cut down to ten examples
     assert data.train.label_names == ["bad", "good"]
     texts = data.train.texts + data.test.texts
-    assert sorted(texts) == sorted(row["text"] for row in ROWS)  # each once: nothing held out is trained on
+    assert len(set(texts)) == 34 and set(texts) <= {row["text"] for row in ROWS}  # each once: nothing held out is trained on
+    names = {}
     for table in (data.train, data.test):
         for text, label, user in zip(table.texts, table.labels, table.users, strict=True):
             row = next(row for row in ROWS if row["text"] == text)
-            assert (table.label_names[label], f"u{user}") == (row["label"], row["who"])
+            assert table.label_names[label] == row["label"]
+            assert names.setdefault((id(table), user), row["who"]) == row["who"]
+    assert not {row["who"] for row in ROWS if row["text"] in data.train.texts} & {
+        row["who"] for row in ROWS if row["text"] in data.test.texts
+    }  # whole users are held out
+    assert set(data.train.users) == set(range(len(set(data.train.users))))
 
 
 def test_the_held_out_part_is_always_the_same(tmp_path):
@@ -177,6 +183,8 @@ def test_public_text_is_never_the_tasks_own(tmp_path):
         (copy, own, None),  # the same content under another name
         (str(tmp_path / "link.csv"), own, None),
         (str(tmp_path / "folder"), inside, None),
+        (inside, str(tmp_path / "folder"), None),  # a part of it
+        ("owner/name:other", "owner/name", None),  # another config of it
         (other, own, other),
     ]:
         with pytest.raises(UserError, match="task's own data"):
