@@ -355,3 +355,26 @@ def test_a_step_that_is_not_finite_leaves_the_adapter_alone(update):
     with pytest.raises(FloatingPointError):
         optimizer.step(torch.tensor(update))
     assert torch.equal(optimizer.state()["adapter"], torch.ones(2))
+
+
+def test_on_a_coarse_lattice_a_drawn_share_weighs_what_a_sent_one_does():
+    """Rounding adds a third to a share's variance here: were it missing from the top-up, the cohort's size would show."""
+    coarse = {"clip": 50.0, "noise_multiplier": 0.02, "bits": 8}
+    variances = []
+    for cohort in (2, SHARES):
+        sums = []
+        for draw in range(100):
+            what, noise = spec(round=draw, **coarse), Noise(seed=cohort)
+            sums.append(noisy_mean(sent_by(what, range(cohort), noise), what, noise).numpy() * what.expected)
+        variances.append(np.var(sums))
+    assert abs(variances[0] / variances[1] - 1) < 0.05
+    alone = what.share_std**2 * SHARES
+    assert abs(variances[1] / alone - 1) > 0.3  # the effect is there to be seen
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_what_is_released_lies_on_the_lattice(mode, bits):
+    what, noise = spec(noise=mode, bits=bits), Noise(seed=1)
+    steps = noisy_mean(sent_by(what, range(7), noise), what, noise).double() * what.expected / what.scale
+    assert (steps - steps.round()).abs().max() < 1e-2 * steps.abs().max().clamp(min=1) / 100
