@@ -6,6 +6,7 @@ only place where replace-one becomes 2.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 ADD_REMOVE = "add-or-remove-one"
@@ -55,14 +56,19 @@ class GaussianEvent:
 
 @dataclass(frozen=True)
 class PoissonGaussianEvent:
-    """The Gaussian sum over a cohort in which every unit is included independently with probability `sampling_rate`."""
+    """The Gaussian sum over a cohort in which every unit is included independently with probability `sampling_rate`.
+
+    group: how many units neighbours differ in, >= 1, each sampled on its own (group privacy).
+    """
 
     noise_multiplier: float
     sampling_rate: float
+    group: int = 1
 
     def __post_init__(self) -> None:
         _check_noise(self.noise_multiplier)
         _check_rate(self.sampling_rate)
+        _check(self.group >= 1, f"group={self.group} >= 1")
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,39 @@ class TruncatedPoissonGaussianEvent:
 
 
 @dataclass(frozen=True)
+class FixedSizeGaussianEvent:
+    """The Gaussian sum over a cohort of exactly `cohort` units drawn without replacement from `population`.
+
+    Neighbours replace one unit (adding one would change the population, which is public here).
+    """
+
+    noise_multiplier: float
+    population: int
+    cohort: int
+
+    def __post_init__(self) -> None:
+        _check_noise(self.noise_multiplier)
+        _check(1 <= self.cohort <= self.population, f"cohort={self.cohort} in [1, population={self.population}]")
+
+
+@dataclass(frozen=True)
+class MomentsEvent:
+    """Stage 1's release: per-factor mean and mean square of one cohort, jointly clipped, hence one noisy sum.
+
+    release: the sum, as an event of its own.
+    """
+
+    release: "Event"
+
+
+@dataclass(frozen=True)
+class ComposedEvent:
+    """Several releases, adaptively: (event, count) pairs, count >= 0."""
+
+    parts: "tuple[tuple[Event, int], ...]"
+
+
+@dataclass(frozen=True)
 class FreeEvent:
     """Something computed from public data or from what was released before: it costs nothing.
 
@@ -95,7 +134,19 @@ class FreeEvent:
     reason: str
 
 
-Event = GaussianEvent | PoissonGaussianEvent | TruncatedPoissonGaussianEvent | FreeEvent
+NoisySum = GaussianEvent | PoissonGaussianEvent | TruncatedPoissonGaussianEvent | FixedSizeGaussianEvent
+Event = NoisySum | MomentsEvent | ComposedEvent | FreeEvent
+
+
+def flatten(event: Event, count: int = 1) -> Iterator[tuple[Event, int]]:
+    """An event without its wrappings: noisy sums and free events, each with how often it was released."""
+    if isinstance(event, MomentsEvent):
+        yield from flatten(event.release, count)
+    elif isinstance(event, ComposedEvent):
+        for part, times in event.parts:
+            yield from flatten(part, times * count)
+    else:
+        yield event, count
 
 
 def truncation_probability(population: int, sampling_rate: float, max_cohort: int) -> float:

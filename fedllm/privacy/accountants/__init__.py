@@ -1,14 +1,22 @@
 """Accountants: from events to epsilon. One file and one line in the registry each; imported only when asked for."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Protocol
 
-from fedllm.privacy.answers import PrivacyAnswer
-from fedllm.privacy.events import ADD_REMOVE, Event
+from fedllm.privacy.answers import BOUND, PrivacyAnswer
+from fedllm.privacy.events import ADD_REMOVE, Event, flatten
 
 _REGISTRY = {
     "pld": "fedllm.privacy.accountants.pld:PldAccountant",
     "gdp": "fedllm.privacy.accountants.gdp:GdpAccountant",
+}
+# What `--accountant NAME` asks for.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "pld": ("pld",),
+    "gdp": ("gdp",),
 }
 
 
@@ -25,14 +33,17 @@ class Accountant(Protocol):
     def supports(self, event: Event) -> bool:
         """Whether `compose` accepts this event."""
 
-    def compose(self, event: Event, count: int = 1) -> "Accountant":
+    def compose(self, event: Event, count: int = 1) -> Accountant:
         """Add `count` >= 0 independent releases of an event; returns itself. Raises UnsupportedEvent, never guesses."""
 
     def epsilon(self, delta: float) -> PrivacyAnswer:
         """The epsilon at `delta` in (0, 1); its `unit` and `adversary` are for the caller to fill in."""
 
-    def delta(self, epsilon: float) -> float:
-        """The delta at `epsilon` >= 0."""
+    def delta(self, epsilon: float) -> PrivacyAnswer:
+        """The delta at `epsilon` >= 0, labelled like an epsilon."""
+
+    def deltas(self, epsilons: Sequence[float]) -> list[float]:
+        """The delta at many epsilons >= 0, for curves; plain numbers, of the same kind and direction as `delta`."""
 
 
 def names() -> list[str]:
@@ -49,7 +60,10 @@ def create(name: str, relation: str = ADD_REMOVE, **options: float) -> Accountan
 
 
 class EventCounts:
-    """Shared base: a multiset of events under one relation, with the checks every accountant needs."""
+    """Shared base: a multiset of events under one relation, with the checks every accountant needs.
+
+    A subclass gives `name`, `conversion`, `refusal` (None, or why it has no theorem for a noisy sum) and the answers.
+    """
 
     name = "base"
     conversion = ""
@@ -61,20 +75,29 @@ class EventCounts:
         self.relation = relation
         self.counts: dict[Event, int] = {}
 
-    def supports(self, event: Event) -> bool:
+    def refusal(self, event: Event) -> str | None:
+        """Why there is no valid theorem here for this noisy sum under this relation; None where there is one."""
         raise NotImplementedError
 
-    def compose(self, event: Event, count: int = 1) -> "EventCounts":
-        if not self.supports(event):
-            raise UnsupportedEvent(f"accountant {self.name} ({self.relation}) does not support {event}")
+    def supports(self, event: Event) -> bool:
+        return all(self.refusal(part) is None for part, _ in flatten(event))
+
+    def compose(self, event: Event, count: int = 1) -> EventCounts:
         if count < 0:
             raise ValueError(f"Expected count={count} >= 0")
-        if count:
-            self.counts[event] = self.counts.get(event, 0) + count
+        for part, times in flatten(event, count):
+            reason = self.refusal(part)
+            if reason is not None:
+                raise UnsupportedEvent(f"accountant {self.name} ({self.relation}) does not support {part}: {reason}")
+            if times:
+                self.counts[part] = self.counts.get(part, 0) + times
         return self
 
-    def _answer(self, epsilon: float | None, delta: float, reason: str | None = None, **changes: str) -> PrivacyAnswer:
-        fields = {"accountant": self.name, "conversion": self.conversion, "kind": "bound", **changes}
+    def deltas(self, epsilons: Sequence[float]) -> list[float]:
+        return [self.delta(epsilon).delta for epsilon in epsilons]
+
+    def _answer(self, epsilon: float | None, delta: float | None, reason: str | None = None, **changes) -> PrivacyAnswer:
+        fields = {"accountant": self.name, "conversion": self.conversion, "kind": BOUND, **changes}
         return PrivacyAnswer(
             epsilon=epsilon, delta=delta, unit="unit", relation=self.relation, adversary="", reason=reason, **fields
         )

@@ -7,7 +7,7 @@ delta(epsilon) = Phi(-epsilon/mu + mu/2) - exp(epsilon) Phi(-epsilon/mu - mu/2),
 import math
 
 from fedllm.privacy.accountants import EventCounts, check_delta, check_epsilon
-from fedllm.privacy.answers import PrivacyAnswer
+from fedllm.privacy.answers import EXACT, PrivacyAnswer
 from fedllm.privacy.events import Event, FreeEvent, GaussianEvent
 
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
@@ -86,8 +86,8 @@ class GdpAccountant(EventCounts):
     name = "gdp"
     conversion = "closed form"
 
-    def supports(self, event: Event) -> bool:
-        return isinstance(event, GaussianEvent | FreeEvent)
+    def refusal(self, event: Event) -> str | None:
+        return None if isinstance(event, GaussianEvent | FreeEvent) else "no exact composition of sampled sums"
 
     @property
     def mu(self) -> float:
@@ -104,8 +104,9 @@ class GdpAccountant(EventCounts):
     def epsilon(self, delta: float) -> PrivacyAnswer:
         epsilon = gdp_epsilon(self.mu, delta)
         if math.isinf(epsilon):
-            return self._answer(None, delta, "no noise")
-        return self._answer(epsilon, delta)
+            return self._answer(None, delta, "no noise", direction=EXACT)
+        return self._answer(epsilon, delta, direction=EXACT)
 
-    def delta(self, epsilon: float) -> float:
-        return gdp_delta(self.mu, epsilon)
+    def delta(self, epsilon: float) -> PrivacyAnswer:
+        reason = "no noise" if math.isinf(self.mu) else None
+        return self._answer(epsilon, gdp_delta(self.mu, epsilon), reason, direction=EXACT)

@@ -23,6 +23,7 @@ from fedllm.privacy.answers import PrivacyAnswer
 from fedllm.privacy.events import (
     ADD_REMOVE,
     Event,
+    FixedSizeGaussianEvent,
     FreeEvent,
     GaussianEvent,
     PoissonGaussianEvent,
@@ -168,8 +169,12 @@ class PldAccountant(EventCounts):
         super().__init__(relation)
         self.grid = grid
 
-    def supports(self, event: Event) -> bool:
-        return isinstance(event, GaussianEvent | PoissonGaussianEvent | TruncatedPoissonGaussianEvent | FreeEvent)
+    def refusal(self, event: Event) -> str | None:
+        if isinstance(event, FixedSizeGaussianEvent):
+            return "no dominating pair for fixed-size cohorts is implemented; the bound for them is RDP's"
+        if getattr(event, "group", 1) > 1:
+            return "group privacy under sampling"
+        return None
 
     def epsilon(self, delta: float) -> PrivacyAnswer:
         check_delta(delta)
@@ -189,12 +194,12 @@ class PldAccountant(EventCounts):
             )
         return self._answer(float(epsilon), delta)
 
-    def delta(self, epsilon: float) -> float:
+    def delta(self, epsilon: float) -> PrivacyAnswer:
         check_epsilon(epsilon)
         counts = self._costly()
         if any(event.noise_multiplier == 0 for event, _ in counts):
-            return 1.0
-        return _delta(counts, self.relation, self.grid, epsilon) if counts else 0.0
+            return self._answer(epsilon, 1.0, "no noise")
+        return self._answer(epsilon, _delta(counts, self.relation, self.grid, epsilon) if counts else 0.0)
 
     def _costly(self) -> Counts:
         """Events that cost something, in one canonical order: calibration, guard and report agree to the last bit."""
