@@ -84,8 +84,8 @@ class Federation:
         """Everything that is left to do; the adapter is in the engine afterwards. `before`: see `run.train`."""
         if not self.progress.started:
             self.look_before(before)
-        if self.config.codec.prior == "moments" and self.codec is None:
-            self.stage1()
+        if self.config.codec.prior == "moments" and self.codec is None and not self.stage1():
+            return self.progress
         while self.progress.rounds < self.config.federation.rounds:
             if not self.stage2_round():
                 break
@@ -103,8 +103,8 @@ class Federation:
         self.progress.started = True
         self.save()
 
-    def stage1(self) -> None:
-        """Private moments over warm-up rounds -> prior -> codec."""
+    def stage1(self) -> bool:
+        """Private moments over warm-up rounds -> prior -> codec; False where the budget allowed no warm-up round at all."""
         settings = self.config.codec
         if self.progress.warmup_rounds == 0:
             with self.watch.phase("stage1"), self.monitor.phase(f"{settings.warmup_public_steps} steps on public text"):
@@ -121,18 +121,25 @@ class Federation:
         size = 2 * len(self.engine.layout.factors)
         while self.progress.warmup_rounds < settings.warmup_rounds:
             spec = self.stage1_spec(self.progress.warmup_rounds, size, clip)
-            self.guard(spec)
+            if not self.allowed(spec):  # after repeated attempts: the prior is then made of fewer rounds
+                self.monitor.say(f"stage 1 stopped: the budget allows no warm-up round after {self.progress.warmup_rounds}")
+                break
             with self.monitor.phase(f"stage 1, round {self.progress.warmup_rounds + 1} of {settings.warmup_rounds}: private moments"):
                 mean = self.private_mean(spec, encode)
             self.moments = mean if self.moments is None else self.moments + mean
             self.progress.warmup_rounds += 1
             self.save()
+        done = self.progress.warmup_rounds
+        if done == 0:
+            self.progress.stopped = "the budget allows no warm-up round"
+            return False
         with self.watch.phase("codec"):
-            noise_std = self.stage1_spec(0, size, clip).mean_std / settings.warmup_rounds**0.5
-            mean, std = moments.moments_to_std(self.moments / settings.warmup_rounds, scale, noise_std=noise_std)
+            noise_std = self.stage1_spec(0, size, clip).mean_std / done**0.5
+            mean, std = moments.moments_to_std(self.moments / done, scale, noise_std=noise_std)
             prior = from_moments(self.engine.layout, mean, std)
         self.fit(prior, rows)
         self.save()
+        return True
 
     def stage2_round(self) -> bool:
         """One round; False where the budget does not allow it."""
@@ -289,11 +296,6 @@ class Federation:
             return True
         with self.watch.phase("privacy"):
             return guard.may_run(self.ledger.header, self.ledger.entries, spec.ledger_entry(self.noise.rng))
-
-    def guard(self, spec: PrivateSum) -> None:
-        """Raise RunStopped where the target would not hold after this release."""
-        if not self.allowed(spec):
-            raise RunStopped(f"stage {spec.stage}, round {spec.round + 1}: would exceed the target, after repeated attempts")
 
     # -- what is told and kept -----------------------------------------------------------------------------------------------------
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
 import resource
 import secrets
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,8 +45,7 @@ def train(config: Config, before: evaluation.Evaluation | None = None) -> dict[s
     Raises UserError before anything is written for whatever is wrong with the config, the data, the model or the target.
     """
     run_dir = Path(config.output_dir)
-    if run_dir.exists() and (not run_dir.is_dir() or {path.name for path in run_dir.iterdir()} - BEFORE_LEDGER):
-        raise UserError(f"{run_dir}: already holds a run; expected a new output_dir, or `fedllm resume {run_dir}`")
+    expect_no_run(run_dir)
     watch = Stopwatch()
     with watch.phase("setup"):
         config = resolve(config)
@@ -51,10 +54,29 @@ def train(config: Config, before: evaluation.Evaluation | None = None) -> dict[s
         check_sizes(config, setting)
         check_population(config, setting)
         calibration = calibrate(config, setting)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(run_dir / "config.yaml", lambda part: save_config(config, part))
-        ledger = Ledger.create(run_dir / "ledger.jsonl", ledger_header(config, run_id, setting, calibration))
+        with claimed(run_dir):
+            write_whole(run_dir / "config.yaml", lambda part: save_config(config, part))
+            ledger = Ledger.create(run_dir / "ledger.jsonl", ledger_header(config, run_id, setting, calibration))
     return _run(config, run_dir, setting, ledger, watch, before)
+
+
+def expect_no_run(run_dir: Path) -> None:
+    """Raise UserError where the folder holds a run, or is none."""
+    if run_dir.exists() and (not run_dir.is_dir() or {path.name for path in run_dir.iterdir()} - BEFORE_LEDGER):
+        raise UserError(f"{run_dir}: already holds a run; expected a new output_dir, or `fedllm resume {run_dir}`")
+
+
+@contextlib.contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """The folder, made where it is missing, for this process alone: of two runs that start at once one writes its files, one is refused."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        expect_no_run(run_dir)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def resume(run_dir: str | Path) -> dict[str, Any]:

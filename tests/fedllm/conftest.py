@@ -1,8 +1,15 @@
-"""A made-up finished run, for the tests of what users see."""
+"""A made-up finished run, for the tests of what users see; real runs of a tiny model, and their sudden ends."""
 
+import itertools
 import json
 
 import pytest
+
+from fedllm import run
+from fedllm.config import load_config
+from fedllm.monitor import Monitor
+from fedllm.privacy.ledger import read_ledger
+from tests.fedllm.runs import SETTINGS, Killed, adapter_of
 
 RAW = 1_843_200
 SHARE = "each message is protected by its own noise share alone"
@@ -93,3 +100,55 @@ def run_folder(tmp_path):
         return folder
 
     return make
+
+
+@pytest.fixture
+def configured(tiny, tmp_path):
+    """configured(name, overrides...): the tiny config, to be run into tmp_path/name."""
+
+    def make(name="run", *overrides):
+        return load_config(tiny / "config.yaml", [f"output_dir={tmp_path / name}", *overrides])
+
+    return make
+
+
+@pytest.fixture
+def no_plot(monkeypatch):
+    monkeypatch.setattr(Monitor, "finish", lambda self, results, history: None)
+
+
+@pytest.fixture
+def kill_at(monkeypatch):
+    """kill_at(owner, name, call, after): the numbered call (from 1) of owner.name dies, before or after its work."""
+
+    def arm(owner, name, call=1, after=False):
+        real, calls = getattr(owner, name), itertools.count(1)
+
+        def wrapped(*args, **kwargs):
+            now = next(calls) == call
+            if now and not after:
+                raise Killed
+            result = real(*args, **kwargs)
+            if now:
+                raise Killed
+            return result
+
+        monkeypatch.setattr(owner, name, wrapped)
+        return lambda: monkeypatch.setattr(owner, name, real)
+
+    return arm
+
+
+REFERENCE = {}
+@pytest.fixture
+def reference(configured, tmp_path, no_plot):
+    """reference(setting): adapter, results and counted ledger entries of an uninterrupted seeded run."""
+
+    def get(setting):
+        if setting not in REFERENCE:
+            results = run.train(configured(f"whole-{setting}", *SETTINGS[setting]))
+            folder = tmp_path / f"whole-{setting}"
+            REFERENCE[setting] = adapter_of(folder), results, read_ledger(folder / "ledger.jsonl")[1]
+        return REFERENCE[setting]
+
+    return get

@@ -1,0 +1,31 @@
+"""What the tests of whole runs share: settings, and what is read back from a run folder."""
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+MOMENTS = ["codec.family=coordinate", "codec.prior=moments"]
+AUTOENCODER = ["codec.family=autoencoder", "codec.code_size=null"]
+USERS = ["privacy.unit=user", "task.columns.user=user", "federation.unit_sampling_rate=0.5", "federation.clients=4"]
+SETTINGS = {
+    "public": ["seed=5", "codec.refresh=2", "federation.rounds=3"],
+    "moments": ["seed=5", *MOMENTS, "privacy.clip.mode=adaptive", "federation.server.optimizer=momentum"],
+}
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the project may catch it."""
+
+
+def adapter_of(run_dir):
+    return (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def scalars(run_dir):
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def told(results):
+    """What a run says apart from times, memory."""
+    kept = {key: value for key, value in results.items() if key not in ("seconds", "peak_memory_bytes", "history")}
+    return kept, [{key: value for key, value in record.items() if key != "seconds"} for record in results["history"]]
