@@ -30,7 +30,7 @@ from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
 from fedllm.schema import Config
-from fedllm.server import ServerOptimizer, noisy_mean
+from fedllm.server import ServerOptimizer, decoded_mean, noisy_mean
 from fedllm.setting import Setting
 from fedllm.stopwatch import Stopwatch
 from fedllm.training.engine import Evaluation
@@ -156,9 +156,11 @@ class Federation:
             return False
         with self.monitor.phase(f"round {number + 1} of {fed.rounds}: local training"):
             mean = self.private_mean(spec, self.codec.encode)
-        code = self.adapt_clip(mean, spec)
-        with self.watch.phase("codec"):
-            update = self.codec.decode(code, spec.mean_std)
+        code = update = mean
+        if not spec.each:
+            code = self.adapt_clip(mean, spec)
+            with self.watch.phase("codec"):
+                update = self.codec.decode(code, spec.mean_std)
         with self.watch.phase("server"):
             try:
                 self.engine.load(self.optimizer.step(update))
@@ -172,14 +174,20 @@ class Federation:
     # -- parts of a round ----------------------------------------------------------------------------------------------------------
 
     def private_mean(self, spec: PrivateSum, encode) -> Tensor:
-        """One private sum over the clients: ledger, then cohort, messages, noise; the noisy mean [size]."""
+        """One private sum over the clients: ledger, then cohort, messages, noise; the noisy mean [size], or of decoded messages [n]."""
         with self.watch.phase("privacy"):
             self.ledger.append(spec.ledger_entry(self.noise.rng))
         with self.watch.phase("server"):
             try:
-                return noisy_mean(self.transport.messages(spec, encode), spec, self.noise)
+                messages = self.transport.messages(spec, encode)
+                return decoded_mean(messages, spec, self.noise, self.decode_one) if spec.each else noisy_mean(messages, spec, self.noise)
             except FloatingPointError as error:
                 raise RunStopped(f"round {spec.round + 1}: {error}; the state after round {spec.round} is kept") from None
+
+    def decode_one(self, code: Tensor) -> Tensor:
+        """The update [n] that one message's code [k] stands for."""
+        with self.watch.phase("codec"):
+            return self.codec.decode(code)
 
     def fit(self, prior: GaussianPrior | None, rows: public.PublicGradients | None) -> None:
         """Fit the codec to a prior, and take the clip norm from held-out public gradients."""
@@ -260,6 +268,7 @@ class Federation:
             clients=self.setting.partition.clients,
             bits=config.codec.bits,
             bit_weight=bit_weight,
+            each=stage == 2 and config.codec.decode == "each",
         )
 
     @property
@@ -309,7 +318,7 @@ class Federation:
             release = adversaries.epsilon_release(self.ledger.header, self.ledger.entries)
             server = adversaries.epsilon_server(self.ledger.header, self.ledger.entries)
         norm, noise = float(code.norm()), spec.mean_std * len(code) ** 0.5
-        signal = max(norm**2 - noise**2, 0.0) ** 0.5
+        signal = 0.0 if spec.each else max(norm**2 - noise**2, 0.0) ** 0.5  # decoding one by one leaves no noise of known size
         entry = {
             "round": self.progress.rounds,
             "accuracy": looked.accuracy,

@@ -88,6 +88,15 @@ def check_combination(config: Config) -> None:
             f"codec.code_size={codec.code_size}: expected at most {fit_rows(codec.public_examples)}, four fifths of "
             f"codec.public_examples={codec.public_examples} (the rest is held out for the clip norm)"
         )
+    one_of("codec.decode", codec.decode, ("mean", "each"))
+    if codec.decode == "each" and privacy.enabled:
+        if privacy.noise != "local" or privacy.unit != "client":
+            raise UserError(
+                f"codec.decode=each: expected privacy.noise=local and privacy.unit=client (here {privacy.noise}, {privacy.unit}); "
+                "a model that depends on every message is protected by each message's own noise alone"
+            )
+        if privacy.noise_in == "update" or privacy.clip.mode == "adaptive":
+            raise UserError("codec.decode=each: expected privacy.noise_in=code and privacy.clip.mode=fixed")
     if privacy.enabled and privacy.noise_in == "update" and codec.family == "autoencoder":
         raise UserError(
             "privacy.noise_in=update: expected code with codec.family=autoencoder; a nonlinear encoder of noisy updates "

@@ -17,7 +17,8 @@ class PrivateSum:
 
     size: length of the vector; clip: C, the L2 sensitivity of the sum under add/remove (2C under replace-one), inf without privacy;
     noise_multiplier: z, of the sum ('distributed', 'central') or of each message ('local'), 0 without privacy; shares: M, how many
-    noise shares the sum always carries; expected: the public divisor; bit_weight: length of the adaptive clip's bit, 0 without one.
+    noise shares the sum always carries; expected: the public divisor; bit_weight: length of the adaptive clip's bit, 0 without one;
+    each: whether messages are decoded one by one, so that the release depends on all of them.
     """
 
     run: str
@@ -38,6 +39,7 @@ class PrivateSum:
     clients: int
     bits: int
     bit_weight: float = 0.0
+    each: bool = False
 
     @property
     def private(self) -> bool:
@@ -100,7 +102,7 @@ class PrivateSum:
         return {
             "stage": f"stage{self.stage}",
             "round": self.round,
-            "mechanism": "gaussian",
+            "mechanism": "gaussian_each" if self.each else "gaussian",
             "noise_multiplier": self.noise_multiplier,
             "clip": self.clip if math.isfinite(self.clip) else None,
             "sampling_rate": self.sampling_rate,

@@ -200,7 +200,8 @@ def calibrate(config: Config, setting: Setting) -> Calibration | None:
             setting.partition.unit_count,
             fed.max_cohort if by_client else None,
             privacy.stage1_share,
-            noise=privacy.noise,
+            # Where every message is decoded on its own, only its own noise counts: as if one share were the whole sum's.
+            noise="distributed" if config.codec.decode == "each" else privacy.noise,
             shares=shares,
         )
     if privacy.clip.mode == "adaptive":

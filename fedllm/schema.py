@@ -81,6 +81,7 @@ class CodecConfig:
     prior: str = "public"
     code_size: int | None = 128  # null: what the family fixes (identity: n, autoencoder: 1/64)
     refresh: int = 3  # refit every this many rounds (prior: public); 0: never
+    decode: str = "mean"  # mean: once, the mean code | each: every message, then the mean (noise: local, or no privacy)
     bits: int = 16  # 8 | 16 | 32 (float32, not quantized)
     public_examples: int = 160  # public gradients at each fit; a fifth is held out for the clip norm
     warmup_rounds: int = 2  # stage 1 (prior: moments)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dr_encoder.message import Inbox, MessageError
-from dr_encoder.quantize import dequantize
+from dr_encoder.quantize import dequantize, quantize
 from fedllm.privacy.clipping import clip_units
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
@@ -23,15 +23,9 @@ def noisy_mean(messages: Iterable[bytes], spec: PrivateSum, noise: Noise) -> Ten
     A refused message counts as the zero code: nothing about it is told, and the server draws the noise share it would have brought.
     A well-formed hostile message is not detected; the lattice bounds it (with 32 bits only `central` does, by clipping again).
     """
-    inbox = Inbox(spec.expects())
     total = np.zeros(spec.size)
     shares = 0
-    for sent in messages:
-        try:
-            _, lattice = inbox.accept(sent)
-        except MessageError:
-            continue
-        code = dequantize(lattice, spec.scale)
+    for code in accepted(messages, spec):
         if spec.private and spec.noise == "central" and spec.unit == "client":
             # Rounding before the noise can lengthen a code; the sensitivity is what this clip says. (A sum of several users' codes
             # comes unrounded and is no single unit's: clipping it would cut it to the length of one.)
@@ -50,6 +44,42 @@ def noisy_mean(messages: Iterable[bytes], spec: PrivateSum, noise: Noise) -> Ten
         # On the lattice whoever took part: what is released has no low bits of floating-point noise.
         total = np.round(total / spec.scale) * spec.scale
     return torch.from_numpy(total / spec.expected).float()
+
+
+def decoded_mean(messages: Iterable[bytes], spec: PrivateSum, noise: Noise, decode: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean over the expected cohort of *decoded* messages [n], as published for the auto-encoder: `codec.decode: each`.
+
+    The model then depends on every message, each protected by its own noise alone, and is accounted so (mechanism `gaussian_each`).
+    Absent and refused ones are stood in for by messages of noise only, so that nothing follows the realised cohort.
+    decode: one code [k] -> update [n].
+    """
+    total, slots = None, spec.shares if spec.private else 0
+    for code in accepted(messages, spec):
+        update = decode(torch.from_numpy(code).float()).double()
+        total = update if total is None else total + update
+        slots -= 1
+    for number in range(max(0, slots)):
+        key = {"stage": spec.stage, "round": spec.round, "client": number}
+        code = noise.gaussian((spec.size,), spec.share_std, purpose="stand-in", **key)
+        if spec.bits != 32:
+            uniforms = noise.uniform((spec.size,), purpose="stand-in rounding", **key)
+            code = dequantize(quantize(code, spec.scale, spec.bits, uniforms), spec.scale)
+        update = decode(torch.from_numpy(code).float()).double()
+        total = update if total is None else total + update
+    if total is None:  # an empty cohort of a run without privacy
+        total = torch.zeros_like(decode(torch.zeros(spec.size)), dtype=torch.float64)
+    return (total / spec.expected).float()
+
+
+def accepted(messages: Iterable[bytes], spec: PrivateSum) -> Iterator[np.ndarray]:
+    """Codes [size], float64, of the messages that pass every check; the others are dropped without a word."""
+    inbox = Inbox(spec.expects())
+    for sent in messages:
+        try:
+            _, lattice = inbox.accept(sent)
+        except MessageError:
+            continue
+        yield dequantize(lattice, spec.scale)
 
 
 class ServerOptimizer:

@@ -14,7 +14,7 @@ from fedllm.privacy.calibration import update_multiplier
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
 from fedllm.schema import ServerConfig
-from fedllm.server import ServerOptimizer, noisy_mean
+from fedllm.server import ServerOptimizer, decoded_mean, noisy_mean
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,6 +107,29 @@ def test_noise_in_the_update_is_the_same_noise_in_the_code(cohort):
         what, noise = spec(noise_in="update", round=draw), Noise(seed=3)
         means.append(noisy_mean(sent_by(what, range(cohort), noise), what, noise).numpy())
     assert_std(np.array(means) * what.expected, 1.0)
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+@pytest.mark.parametrize("cohort", [0, 1, SHARES])
+def test_decoded_one_by_one_every_slot_carries_one_noise(cohort, bits):
+    """A decoder that squares shows that each message is decoded on its own: the mean of squares is that of single noises."""
+    means, squares = [], []
+    for draw in range(40):
+        what, noise = spec(noise="local", bits=bits, round=draw, each=True), Noise(seed=6)
+        sent = sent_by(what, range(cohort), noise)
+        means.append(decoded_mean(sent, what, noise, lambda code: code).numpy())
+        squares.append(decoded_mean(sent, what, noise, torch.square).numpy())
+    assert_std(np.array(means) * what.expected, 1.0 * math.sqrt(SHARES))
+    assert np.mean(squares) * what.expected == pytest.approx(SHARES, rel=0.05)
+    assert what.ledger_entry("os")["mechanism"] == "gaussian_each"
+
+
+def test_decoded_one_by_one_a_linear_code_gives_the_same_mean():
+    what, noise = spec(noise_multiplier=0.0, clip=math.inf, bits=32, each=True), Noise(seed=6)
+    sent = sent_by(what, range(5), noise, torch.linspace(-1, 1, SIZE))
+    whole = noisy_mean(sent, what, noise)
+    assert torch.allclose(decoded_mean(sent, what, noise, lambda code: 3 * code), 3 * whole, rtol=1e-6)
+    assert torch.equal(decoded_mean([], what, noise, lambda code: 3 * code), torch.zeros(SIZE))
 
 
 @pytest.mark.parametrize("cohort", [2, SHARES])

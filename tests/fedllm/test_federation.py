@@ -81,6 +81,8 @@ MODES = {
     "server target": ["privacy.target.adversary=server", "privacy.target.epsilon=60"],
     "noise in update": ["privacy.noise_in=update"],
     "noise in update, central": ["privacy.noise_in=update", "privacy.noise=central", "codec.bits=32"],
+    "each": ["privacy.noise=local", "codec.decode=each"],
+    "each, autoencoder": [*AUTOENCODER, "privacy.noise=local", "codec.decode=each"],
     "adaptive": ["privacy.clip.mode=adaptive"],
     "adaptive, local": ["privacy.clip.mode=adaptive", "privacy.noise=local"],
     "adaptive, central": ["privacy.clip.mode=adaptive", "privacy.noise=central", "privacy.clip.norm=0.3"],
