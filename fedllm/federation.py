@@ -317,6 +317,9 @@ class Federation:
         with self.watch.phase("privacy"):
             release = adversaries.epsilon_release(self.ledger.header, self.ledger.entries)
             server = adversaries.epsilon_server(self.ledger.header, self.ledger.entries)
+            others = {
+                name: adversaries.epsilon_release(self.ledger.header, self.ledger.entries, name).epsilon for name in adversaries.CURVES[1:]
+            }
         norm, noise = float(code.norm()), spec.mean_std * len(code) ** 0.5
         signal = 0.0 if spec.each else max(norm**2 - noise**2, 0.0) ** 0.5  # decoding one by one leaves no noise of known size
         entry = {
@@ -325,6 +328,7 @@ class Federation:
             "loss": looked.loss,
             "epsilon_release": release.epsilon,
             "epsilon_server": server.epsilon,
+            "epsilon_release_by": others,
             "noise_to_signal": noise / signal if signal > 0 else None,
             "aggregate_norm": norm,
             "clip": spec.clip if spec.private else None,

@@ -69,11 +69,14 @@ class Monitor:
         """Write one round's record to TensorBoard and show it.
 
         record: see SCALARS for its keys, missing or None where there is no figure; `round` is the number of rounds
-        done, 0 for the state before training.
+        done, 0 for the state before training; `epsilon_release_by`: the release's epsilon by other accountants than the quoted one.
         """
         for tag, key in SCALARS.items():
             if record.get(key) is not None:
                 self._writer.add_scalar(tag, record[key], record["round"])
+        for name, epsilon in record.get("epsilon_release_by", {}).items():
+            if epsilon is not None:
+                self._writer.add_scalar(f"epsilon/release_by_{name}", epsilon, record["round"])
         self._writer.flush()  # a killed run keeps what it showed
         self._pace.done(record["round"])
         self._display.round(record["round"], self._pace.rounds, describe(record), self._pace.left())

@@ -23,9 +23,13 @@ def print_json(value: Any) -> None:
 
 
 def print_table(
-    title: str, header: Sequence[str], rows: Sequence[Sequence[str] | None], notes: Sequence[str] = ()
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str] | None],
+    notes: Sequence[str] = (),
+    text: Sequence[int] = (0,),
 ) -> None:
-    """Print a table on standard output; a row of None draws a line. Columns 1 and 3 of 3 are text."""
+    """Print a table on standard output; a row of None draws a line. Columns named in `text`, and 3 of 3, stand left."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -33,7 +37,7 @@ def print_table(
 
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
+        table.add_column(name, justify="left" if number in text else "right", overflow="fold")
     if len(header) == 3:
         table.columns[2].justify = "left"
     for row in rows:

@@ -6,15 +6,19 @@ rounds.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fedllm.privacy import accountants
-from fedllm.privacy.answers import PrivacyAnswer
+from fedllm.privacy.answers import BOUND, PrivacyAnswer
 from fedllm.privacy.events import (
     ADD_REMOVE,
     REPLACE_ONE,
     Event,
     GaussianEvent,
+    MomentsEvent,
+    PoissonGaussianEvent,
+    TruncatedPoissonGaussianEvent,
     message_multiplier,
     sampled_event,
     sum_multiplier,
@@ -29,16 +33,34 @@ _RELEASED_MULTIPLIER = {"gaussian": sum_multiplier, "gaussian_each": message_mul
 SHARE_ALONE = "each message is protected by its own noise share alone: the transport does not aggregate securely"
 TRUSTED = "none: trusted"
 NO_NOISE = "no noise"
+CUT_IGNORED = "the cut of large cohorts is left out"
+STAGE1 = (1, "stage1")
+CURVES = ("pld", "rdp", "gdp", "edgeworth_1")  # accountants whose epsilon of the release is shown by round; `pld` is the one quoted
 
 
-def epsilon_release(header: dict, entries: list[dict]) -> PrivacyAnswer:
-    """Epsilon at the header's target delta against whoever sees the published models, both stages, all attempts."""
+def epsilon_release(header: dict, entries: list[dict], accountant: str = "pld") -> PrivacyAnswer:
+    """Epsilon at the header's target delta against whoever sees the published models, both stages, all attempts.
+
+    accountant: a registered one; `pld` is what is quoted, calibrated and guarded. One that has no theorem for these releases answers
+    without a figure and with the reason; an estimate leaves the cut of large cohorts out, and says so.
+    """
     if _disabled(header):
-        return _none(header, "release", ADD_REMOVE, "pld", NO_NOISE)
-    accountant = accountants.create("pld", ADD_REMOVE)
+        return _none(header, "release", ADD_REMOVE, accountant, NO_NOISE)
+    collected, uncut = accountants.create(accountant, ADD_REMOVE), False
     for entry in counted(entries):
-        accountant.compose(_release_event(header, entry))
-    return replace(accountant.epsilon(header["target"]["delta"]), unit=header["unit"], adversary="release")
+        event = _release_event(header, entry)
+        if isinstance(event, TruncatedPoissonGaussianEvent) and not collected.supports(event):
+            event, uncut = PoissonGaussianEvent(event.noise_multiplier, event.sampling_rate), True
+        try:
+            collected.compose(MomentsEvent(event) if entry["stage"] in STAGE1 else event)
+        except accountants.UnsupportedEvent as error:
+            return _none(header, "release", ADD_REMOVE, accountant, str(error))
+    answer = replace(collected.epsilon(header["target"]["delta"]), unit=header["unit"], adversary="release")
+    if uncut and answer.kind == BOUND:
+        return _none(header, "release", ADD_REMOVE, accountant, f"{accountant} has no theorem for cut cohorts")
+    if uncut:
+        answer = replace(answer, reason="; ".join(filter(None, [answer.reason, CUT_IGNORED])))
+    return answer
 
 
 def epsilon_server(header: dict, entries: list[dict], participations: int | None = None) -> PrivacyAnswer:
@@ -67,21 +89,33 @@ def epsilon_server(header: dict, entries: list[dict], participations: int | None
     return answer
 
 
-def epsilon_by_round(header: dict, entries: list[dict]) -> list[tuple[str, int, float | None, float | None]]:
-    """(stage, round, release epsilon, server epsilon) after each counted entry; None where there is no figure."""
+def epsilon_by_round(header: dict, entries: list[dict], names: Sequence[str] = CURVES, most: int = 20) -> list[dict]:
+    """How the epsilons grew: at up to `most` of the counted entries, the last among them.
+
+    Each row has `releases` (entries so far), `stage`, `round`, `server`, and `release`: accountant -> epsilon, None where it has none.
+    """
     spent = counted(entries)
+    points = sorted({max(1, round(len(spent) * part / most)) for part in range(1, most + 1)}) if spent else []
     rows = []
-    for end, entry in enumerate(spent, start=1):
+    for end in points:
         so_far = spent[:end]
         rows.append(
-            (
-                entry["stage"],
-                entry["round"],
-                epsilon_release(header, so_far).epsilon,
-                epsilon_server(header, so_far).epsilon,
-            )
+            {
+                "releases": end,
+                "stage": so_far[-1]["stage"],
+                "round": so_far[-1]["round"],
+                "server": epsilon_server(header, so_far).epsilon,
+                "release": {name: epsilon_release(header, so_far, name).epsilon for name in names},
+            }
         )
     return rows
+
+
+def by_stage(entries: list[dict]) -> dict[str, list[dict]]:
+    """The entries of stage 1 and of stage 2, where there are any."""
+    parts = {"stage 1": [entry for entry in entries if entry["stage"] in STAGE1]}
+    parts["stage 2"] = [entry for entry in entries if entry["stage"] not in STAGE1]
+    return {name: part for name, part in parts.items() if part}
 
 
 def privacy_marks(header: dict) -> tuple[bool, list[str]]:

@@ -1,16 +1,22 @@
 """From a target epsilon to the least noise, rounded up, whose whole composition is confirmed to stay within it."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fedllm.errors import UserError
 from fedllm.privacy import accountants
+from fedllm.privacy.answers import PrivacyAnswer
 from fedllm.privacy.events import (
     ADD_REMOVE,
     REPLACE_ONE,
+    Event,
+    FreeEvent,
     GaussianEvent,
+    flatten,
     message_multiplier,
+    relation_factor,
     sampled_event,
     sum_multiplier,
 )
@@ -18,9 +24,6 @@ from fedllm.privacy.events import (
 DIGITS = 4  # multipliers are rounded up to so many significant digits
 MIN_MULTIPLIER = 0.1  # less noise than this is never calibrated: a looser target is met with room to spare
 MAX_MULTIPLIER = 1e6
-SEARCH_GRID = 1e-3
-TIGHT = 0.995  # share of the target that a calibrated epsilon should reach
-MAX_CORRECTIONS = 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,17 @@ def round_up(value: float, digits: int = DIGITS) -> float:
     if rounded < value:
         rounded = float(f"{rounded + 10.0 ** (math.floor(math.log10(value)) - digits + 1):.{digits - 1}e}")
     return rounded
+
+
+def round_down(value: float, digits: int = DIGITS) -> float:
+    """The largest number of `digits` significant digits that is < value, itself such a number > 0; infinity stays."""
+    if math.isinf(value):
+        return value
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    whole, power = int(mantissa.replace(".", "")) - 1, int(exponent) - digits + 1
+    if whole < 10 ** (digits - 1):
+        whole, power = 10**digits - 1, power - 1
+    return float(f"{whole}e{power}")
 
 
 def update_multiplier(noise_multiplier: float, sigma_bit: float) -> float:
@@ -90,8 +104,8 @@ def calibrate_release(
     if population < 1 or shares < 1 or (max_cohort is not None and max_cohort < 1):
         raise UserError(f"population {population}, max_cohort {max_cohort} and shares {shares} must be at least 1")
 
-    def total(multipliers: dict[float, int], **options: float) -> float:
-        accountant = accountants.create("pld", ADD_REMOVE, **options)
+    def total(multipliers: dict[float, int]) -> float:
+        accountant = accountants.create("pld", ADD_REMOVE)
         for z, count in multipliers.items():
             accountant.compose(
                 sampled_event(sum_multiplier(noise, z, shares), sampling_rate, population, max_cohort), count
@@ -108,10 +122,10 @@ def calibrate_release(
         while total({first: stage1_rounds}) > 0.9 * target_epsilon and first < MAX_MULTIPLIER:
             first = round_up(1.25 * first)
 
-    def epsilon_at(z: float, **options: float) -> float:
+    def epsilon_at(z: float) -> float:
         counts = {first: stage1_rounds} if first else {}
         counts[z] = counts.get(z, 0) + rounds
-        return total(counts, **options)
+        return total(counts)
 
     share_left = 1 - (stage1_share if stage1_rounds else 0.0)
     mu2_squared = share_left * _mu(target_epsilon, delta) ** 2
@@ -175,55 +189,87 @@ def _mu(epsilon: float, delta: float) -> float:
     return gdp_mu(epsilon, delta)
 
 
-def _least(epsilon_at: Callable[..., float], target: float, guess: float, floor: float) -> float:
+def calibrate(
+    accountant: str,
+    compose: Callable[[float], Sequence[tuple[Event, int]]],
+    epsilon: float,
+    delta: float,
+    relation: str = ADD_REMOVE,
+) -> tuple[float, PrivacyAnswer]:
+    """The least noise multiplier, of DIGITS digits, with which an accountant's epsilon stays within the target.
+
+    accountant: any registered name; one that estimates calibrates to its estimate. compose: from a noise multiplier > 0 to
+    the (event, count) pairs that it would give; their epsilon must fall as it grows. epsilon: finite and > 0. delta: in
+    (0, 1). relation: see events.py.
+    Returns the multiplier, at least MIN_MULTIPLIER, and the answer that confirms it. Raises UserError for impossible
+    targets, UnsupportedEvent for events that the accountant has no theorem for.
+    """
+    _check_target(epsilon, delta, 0, 1, 0.0)
+    answers: dict[float, PrivacyAnswer] = {}
+
+    def epsilon_at(z: float) -> float:
+        composed = accountants.create(accountant, relation)
+        for event, count in compose(z):
+            composed.compose(event, count)
+        answers[z] = composed.epsilon(delta)
+        found = answers[z].epsilon
+        return math.inf if found is None else found
+
+    guess = _guess(compose, epsilon, delta, relation)
+    z = _least(epsilon_at, epsilon, guess, MIN_MULTIPLIER)
+    return z, answers[z]
+
+
+def _guess(compose: Callable[[float], Sequence[tuple[Event, int]]], epsilon: float, delta: float, relation: str) -> float:
+    """The multiplier that the CLT would give for the same events: a start for the search, never an answer."""
+    target = _mu(epsilon, delta) / relation_factor(relation)
+
+    def mu(z: float) -> float:
+        total = 0.0
+        for outer, times in compose(z):
+            for event, count in flatten(outer, times):
+                if isinstance(event, FreeEvent):
+                    continue
+                cohort = getattr(event, "cohort", 0) / getattr(event, "population", 1)
+                rate = getattr(event, "sampling_rate", cohort or 1.0)
+                exponent = min((getattr(event, "sensitivity", 1.0) / event.noise_multiplier) ** 2, 600.0)
+                total += count * (getattr(event, "group", 1) * rate) ** 2 * math.expm1(exponent) if rate < 1 else count * exponent
+        return math.sqrt(total)
+
+    low, high = math.log(MIN_MULTIPLIER), math.log(MAX_MULTIPLIER)
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mu(math.exp(middle)) > target else (low, middle)
+    return math.exp(high)
+
+
+def _least(epsilon_at: Callable[[float], float], target: float, guess: float, floor: float) -> float:
     """The least multiplier >= floor of DIGITS digits with epsilon_at(z) <= target; epsilon_at falls as z grows.
 
-    Found on a coarse grid, then corrected until the grid of all quoted figures confirms it and little is wasted.
+    Secants in log-log scale, where the curve is nearly a line, over the multipliers of so many digits: it ends when the
+    one below has been refused. Each epsilon is that of the quoted grid, so what is returned is confirmed.
     """
-
-    def coarse(z: float) -> float:
-        return epsilon_at(z, grid=SEARCH_GRID)
-
-    bracket = _bracket(coarse, target, guess, floor)
-    z, slope = _solve(coarse, target, *bracket) if bracket else (round_up(floor), 1.0)
-    best = None
-    for _ in range(MAX_CORRECTIONS):
-        epsilon = epsilon_at(z)
-        if epsilon <= target:
-            best = z if best is None else min(best, z)
-            if epsilon >= TIGHT * target or z <= floor:
-                return best
-        corrected = round_up(max(z * (epsilon / target) ** (1 / slope), floor))
-        z = corrected if corrected != z else round_up(z * (1 + 10.0 ** (1 - DIGITS)))
-    while best is None:
-        best = z if epsilon_at(z) <= target else None
-        z = round_up(1.01 * z)
-    return best
-
-
-def _bracket(coarse: Callable[[float], float], target: float, guess: float, floor: float) -> tuple[float, float] | None:
-    """(low, high) with coarse(low) > target >= coarse(high); None where even the floor is noise enough."""
-    low = high = max(guess, floor)
-    if coarse(high) > target:
-        while coarse(high) > target:
-            if high > MAX_MULTIPLIER:
-                raise UserError(f"no noise reaches epsilon {target}: raise epsilon, delta or max_cohort, or cut rounds")
-            low, high = high, 1.2 * high
-        return low, high
-    while coarse(low) <= target:
-        if low <= floor:
-            return None
-        low, high = max(low / 1.2, floor), low
-    return low, high
+    low, high, last = 0.0, math.inf, None  # refused, enough, and the point before with its gap
+    slope, z, floor = -1.5, max(round_up(guess), round_up(floor)), round_up(floor)
+    for trial in itertools.count(1):
+        gap = _log_ratio(epsilon_at(z), target)
+        low, high = (max(low, z), high) if gap > 0 else (low, min(high, z))
+        if high <= floor or low >= round_down(high):
+            return high
+        if z > MAX_MULTIPLIER:
+            raise UserError(f"no noise reaches epsilon {target}: raise epsilon, delta or max_cohort, or cut rounds")
+        if last and math.isfinite(gap) and math.isfinite(last[1]):
+            slope = min((gap - last[1]) / math.log(z / last[0]), -0.05)
+        last = z, gap
+        # Infinitely far, or so far that the line says little: a bounded stride.
+        z = round_up(z * math.exp(min(max(gap / -slope, -0.7), 0.7)))
+        first = max(round_up(low * (1 + 10.0**-DIGITS)), floor) if low else floor
+        final = round_down(high)
+        if low and high < math.inf and trial % 4 == 0:
+            z = round_up(math.sqrt(low * high))
+        z = min(max(z, first), final)
 
 
-def _solve(coarse: Callable[[float], float], target: float, low: float, high: float) -> tuple[float, float]:
-    """(z with coarse(z) about the target, -d log epsilon / d log z); in log-log scale the curve is nearly a line."""
-    from scipy.optimize import brentq
-
-    def excess(log_z: float) -> float:
-        return math.log(max(coarse(math.exp(log_z)), 1e-9 * target) / target)
-
-    ends = math.log(low), math.log(high)
-    slope = (excess(ends[0]) - excess(ends[1])) / (ends[1] - ends[0])
-    return round_up(math.exp(brentq(excess, *ends, xtol=1e-4))), max(slope, 0.5)
+def _log_ratio(epsilon: float, target: float) -> float:
+    """log(epsilon / target), where an epsilon of 0 counts as a billionth of the target."""
+    return math.log(epsilon / target) if epsilon > 1e-9 * target else math.log(1e-9)

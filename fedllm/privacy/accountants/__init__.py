@@ -11,12 +11,20 @@ from fedllm.privacy.events import ADD_REMOVE, Event, flatten
 
 _REGISTRY = {
     "pld": "fedllm.privacy.accountants.pld:PldAccountant",
+    "pld_optimistic": "fedllm.privacy.accountants.pld_optimistic:PldOptimistic",
+    "rdp": "fedllm.privacy.accountants.rdp:RdpAccountant",
+    "rdp_classic": "fedllm.privacy.accountants.rdp:ClassicRdpAccountant",
     "gdp": "fedllm.privacy.accountants.gdp:GdpAccountant",
+    "edgeworth_1": "fedllm.privacy.accountants.edgeworth:Edgeworth1",
+    "edgeworth_2": "fedllm.privacy.accountants.edgeworth:Edgeworth2",
+    "edgeworth_3": "fedllm.privacy.accountants.edgeworth:Edgeworth3",
 }
 # What `--accountant NAME` asks for.
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "pld": ("pld",),
+    "pld": ("pld", "pld_optimistic"),
+    "rdp": ("rdp", "rdp_classic"),
     "gdp": ("gdp",),
+    "edgeworth": ("edgeworth_1", "edgeworth_2", "edgeworth_3"),
 }
 
 

@@ -1,18 +1,23 @@
-"""Exact Gaussian differential privacy: for unsampled Gaussian sums only, where it is an equality, not a limit theorem.
+"""Gaussian differential privacy: an equality for unsampled Gaussian sums, a limit theorem for Poisson-sampled ones.
 
 Dong, Roth and Su (2019), theorem 2.7 and corollary 2.13; Balle and Wang (2018), theorem 8:
 delta(epsilon) = Phi(-epsilon/mu + mu/2) - exp(epsilon) Phi(-epsilon/mu - mu/2), mu^2 = sum of (sensitivity/sigma)^2.
+
+T sums over Poisson samples of rate q tend to mu-GDP with mu^2 = q^2 T (exp(1/sigma^2) - 1) (Bu, Dong, Long and Su 2020,
+corollary 4): what that gives has no error bound here and is an estimate.
 """
 
 import math
 
 from fedllm.privacy.accountants import EventCounts, check_delta, check_epsilon
-from fedllm.privacy.answers import EXACT, PrivacyAnswer
-from fedllm.privacy.events import Event, FreeEvent, GaussianEvent
+from fedllm.privacy.answers import BOUND, ESTIMATE, EXACT, UNKNOWN, PrivacyAnswer
+from fedllm.privacy.events import REPLACE_ONE, Event, FreeEvent, GaussianEvent, PoissonGaussianEvent
 
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 _SQRT_HALF_PI = math.sqrt(math.pi / 2)
 _TINY = 1e-300
+_MAX_MU = 1e4  # up to here epsilon is computed to 12 digits
+NO_BOUND = "a limit theorem without an error bound: it under-reports where the steps are few or the noise is small"
 
 
 def log_delta(mu: float, epsilon: float) -> float:
@@ -80,33 +85,75 @@ def gdp_mu(epsilon: float, delta: float) -> float:
     return mu
 
 
+def clt_mu_squared(noise_multiplier: float, sampling_rate: float, steps: int) -> float:
+    """mu^2 of `steps` Poisson-sampled Gaussian sums in the limit; infinity where it overflows. noise_multiplier: > 0."""
+    if noise_multiplier < 0.04:  # exp(1/sigma^2) overflows
+        return math.inf if sampling_rate and steps else 0.0
+    return sampling_rate**2 * steps * math.expm1(noise_multiplier**-2)
+
+
 class GdpAccountant(EventCounts):
-    """Exact composition of Gaussian sums. Refuses sampled events: the CLT figure for them is no bound."""
+    """Exact composition of Gaussian sums; with Poisson-sampled ones among them, an estimate by the CLT that says so."""
 
     name = "gdp"
-    conversion = "closed form"
 
     def refusal(self, event: Event) -> str | None:
-        return None if isinstance(event, GaussianEvent | FreeEvent) else "no exact composition of sampled sums"
+        if isinstance(event, GaussianEvent | FreeEvent):
+            return None
+        if not isinstance(event, PoissonGaussianEvent):
+            return "no exact composition, and the central limit theorem here is for plain Poisson sampling"
+        if event.sampling_rate == 1:
+            return None
+        if self.relation == REPLACE_ONE:
+            return "the central limit theorem here is for Poisson sampling with add-or-remove-one"
+        return "group privacy under sampling" if event.group > 1 else None
+
+    @property
+    def sampled(self) -> bool:
+        """Whether anything in the composition rests on the limit theorem."""
+        return any(isinstance(event, PoissonGaussianEvent) and 0 < event.sampling_rate < 1 for event in self.counts)
+
+    @property
+    def conversion(self) -> str:
+        return "central limit theorem" if self.sampled else "closed form"
 
     @property
     def mu(self) -> float:
-        """GDP parameter of everything composed so far; infinity without noise."""
-        total = 0.0
-        for event, count in self.counts.items():
-            if isinstance(event, FreeEvent):
-                continue
-            if event.noise_multiplier == 0:
-                return math.inf
-            total += count * (self.factor * event.sensitivity / event.noise_multiplier) ** 2
-        return math.sqrt(total)
+        """GDP parameter of everything composed so far (in the limit, where `sampled`); infinity without noise."""
+        return math.sqrt(math.fsum(sorted(self._mu_squared(event, count) for event, count in self.counts.items())))
+
+    def _mu_squared(self, event: Event, count: int) -> float:
+        rate = getattr(event, "sampling_rate", 1.0)
+        if isinstance(event, FreeEvent) or rate == 0:
+            return 0.0
+        if event.noise_multiplier == 0:
+            return math.inf
+        if rate < 1:
+            return clt_mu_squared(event.noise_multiplier, rate, count)
+        sensitivity = self.factor * (event.sensitivity if isinstance(event, GaussianEvent) else event.group)
+        return count * (sensitivity / event.noise_multiplier) ** 2
 
     def epsilon(self, delta: float) -> PrivacyAnswer:
-        epsilon = gdp_epsilon(self.mu, delta)
-        if math.isinf(epsilon):
-            return self._answer(None, delta, "no noise", direction=EXACT)
-        return self._answer(epsilon, delta, direction=EXACT)
+        check_delta(delta)
+        trouble = self._trouble()
+        return self._labelled(None if trouble else gdp_epsilon(self.mu, delta), delta, trouble)
 
     def delta(self, epsilon: float) -> PrivacyAnswer:
-        reason = "no noise" if math.isinf(self.mu) else None
-        return self._answer(epsilon, gdp_delta(self.mu, epsilon), reason, direction=EXACT)
+        check_epsilon(epsilon)
+        trouble = self._trouble()
+        if trouble == "no noise":
+            return self._labelled(epsilon, 1.0, trouble)
+        return self._labelled(epsilon, None if trouble else gdp_delta(self.mu, epsilon), trouble)
+
+    def _trouble(self) -> str | None:
+        """Why there is no figure, if there is none."""
+        if any(getattr(event, "noise_multiplier", 1.0) == 0 and self._mu_squared(event, 1) for event in self.counts):
+            return "no noise"
+        if self.sampled and self.mu > _MAX_MU:
+            return f"too little noise for the central limit theorem: it gives mu={self.mu:.3g}"
+        return None
+
+    def _labelled(self, epsilon: float | None, delta: float | None, trouble: str | None) -> PrivacyAnswer:
+        if self.sampled:
+            return self._answer(epsilon, delta, trouble or NO_BOUND, kind=ESTIMATE, direction=UNKNOWN)
+        return self._answer(epsilon, delta, trouble, kind=BOUND, direction=EXACT)

@@ -7,7 +7,7 @@ import pytest
 
 from fedllm.privacy import accountants
 from fedllm.privacy.accountants.gdp import gdp_epsilon
-from fedllm.privacy.adversaries import epsilon_by_round, epsilon_release, epsilon_server, privacy_marks
+from fedllm.privacy.adversaries import CUT_IGNORED, by_stage, epsilon_by_round, epsilon_release, epsilon_server, privacy_marks
 from fedllm.privacy.calibration import calibrate_release, calibrate_server
 from fedllm.privacy.events import PoissonGaussianEvent, TruncatedPoissonGaussianEvent
 from fedllm.privacy.guard import may_run
@@ -131,10 +131,40 @@ def test_what_is_not_understood_gets_no_figure(change):
 
 def test_by_round_grows():
     rows = epsilon_by_round(HEADER, [entry(0, 2.0, "stage1"), entry(0), entry(1)])
-    assert [row[:2] for row in rows] == [("stage1", 0), ("stage2", 0), ("stage2", 1)]
-    for column in (2, 3):
-        values = [row[column] for row in rows]
+    assert [(row["releases"], row["stage"], row["round"]) for row in rows] == [(1, "stage1", 0), (2, "stage2", 0), (3, "stage2", 1)]
+    columns = [[row["server"] for row in rows], *([row["release"][name] for row in rows] for name in ("pld", "rdp", "gdp"))]
+    for values in columns:
         assert values == sorted(values) and len(set(values)) == 3
+
+
+def test_many_rounds_are_looked_at_in_few_places():
+    rows = epsilon_by_round(HEADER, [entry(number) for number in range(50)], ["gdp"], most=5)
+    assert [row["releases"] for row in rows] == [10, 20, 30, 40, 50]
+    assert epsilon_by_round(HEADER, [], ["gdp"]) == []
+
+
+@pytest.mark.parametrize("accountant", accountants.names())
+def test_the_release_by_every_accountant(accountant):
+    entries = [entry(0, 2.0, "stage1"), entry(0), entry(1)]
+    found, quoted = epsilon_release(HEADER, entries, accountant), epsilon_release(HEADER, entries)
+    assert (found.accountant, found.adversary, found.unit) == (accountant, "release", HEADER["unit"])
+    if found.epsilon is None:
+        assert found.reason
+    elif (found.kind, found.direction) == ("bound", "upper"):
+        assert found.epsilon >= quoted.epsilon or accountant == "pld"
+    elif found.kind == "estimate":
+        assert CUT_IGNORED in found.reason or accountants.create(accountant).supports(TruncatedPoissonGaussianEvent(1.0, 0.05, 2000, 160))
+
+
+def test_no_estimate_is_quoted_calibrated_or_guarded():
+    assert epsilon_release(HEADER, [entry(0)]).kind == "bound"
+    assert epsilon_server(HEADER, [entry(0)]).kind == "bound"
+
+
+def test_stages_apart():
+    parts = by_stage([entry(0, 2.0, "stage1"), entry(0), entry(1)])
+    assert {name: len(part) for name, part in parts.items()} == {"stage 1": 1, "stage 2": 2}
+    assert list(by_stage([entry(0)])) == ["stage 2"]
 
 
 @pytest.mark.parametrize("adversary", ["release", "server"])

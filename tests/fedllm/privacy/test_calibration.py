@@ -6,7 +6,14 @@ import pytest
 
 from fedllm.errors import UserError
 from fedllm.privacy import accountants, calibration
-from fedllm.privacy.calibration import calibrate_release, calibrate_server, round_up, update_multiplier
+from fedllm.privacy.calibration import (
+    calibrate,
+    calibrate_release,
+    calibrate_server,
+    round_down,
+    round_up,
+    update_multiplier,
+)
 from fedllm.privacy.events import REPLACE_ONE, GaussianEvent, PoissonGaussianEvent, TruncatedPoissonGaussianEvent
 
 
@@ -120,3 +127,51 @@ def test_less_noise_than_calibrated_breaks_the_target():
     found = calibrate_release(3.0, 1e-4, 0, 10, 0.05, 2000, None, 0.0)
     event = PoissonGaussianEvent(0.97 * found.stage2_multiplier, 0.05)
     assert accountants.create("pld").compose(event, 10).epsilon(1e-4).epsilon > 3.0
+
+
+class TestAnyAccountant:
+    @pytest.mark.parametrize(
+        ("name", "target"), [("pld", 3.0), ("pld", 0.05), ("pld", 40.0), ("rdp", 3.0), ("edgeworth_1", 3.0), ("pld_optimistic", 3.0)]
+    )
+    def test_least_multiplier_of_its_digits(self, name, target):
+        def compose(z):
+            return [(PoissonGaussianEvent(z, 0.02), 300), (PoissonGaussianEvent(2 * z, 0.01), 100)]
+
+        def at(z):
+            accountant = accountants.create(name)
+            for event, count in compose(z):
+                accountant.compose(event, count)
+            return accountant.epsilon(1e-5)
+
+        z, answer = calibrate(name, compose, target, 1e-5)
+        assert z == round_up(z) and answer == at(z)
+        assert answer.epsilon <= target < at(round_down(z)).epsilon
+
+    @pytest.mark.parametrize(
+        ("epsilon", "sigma"), [(0.1, 30.749566), (0.5, 7.031827), (1, 3.730632), (2, 1.993812), (4, 1.081162), (8, 0.600229)]
+    )
+    def test_analytic_gaussian(self, epsilon, sigma):
+        for name in ("gdp", "pld"):
+            found = calibrate(name, lambda z: [(GaussianEvent(z), 1)], epsilon, 1e-5)[0]
+            assert sigma <= found <= sigma * (1 + 1e-3)
+        replaced = calibrate("gdp", lambda z: [(GaussianEvent(z), 1)], epsilon, 1e-5, REPLACE_ONE)[0]
+        assert 2 * sigma <= replaced <= 2 * sigma * (1 + 1e-3)
+
+    def test_published(self):
+        assert calibrate("pld", lambda z: [(PoissonGaussianEvent(z, 0.1), 512)], 1.0, 1e-6)[0] == pytest.approx(9.66, abs=5e-3)
+
+    def test_a_loose_target_gets_the_least_noise_there_is(self):
+        assert calibrate("gdp", lambda z: [(GaussianEvent(z), 1)], 1e6, 1e-5)[0] == calibration.MIN_MULTIPLIER
+
+    @pytest.mark.parametrize(("epsilon", "delta"), [(0.0, 1e-5), (math.inf, 1e-5), (math.nan, 1e-5), (1.0, 0.0), (1.0, 1.0)])
+    def test_impossible_targets(self, epsilon, delta):
+        with pytest.raises(UserError):
+            calibrate("pld", lambda z: [(GaussianEvent(z), 1)], epsilon, delta)
+
+    def test_noise_that_never_suffices(self):
+        with pytest.raises(UserError, match="no noise"):
+            calibrate("gdp", lambda z: [(GaussianEvent(1.0), 1), (GaussianEvent(z), 1)], 1.0, 1e-5)
+
+
+def test_round_down_is_the_neighbour():
+    assert [round_down(v) for v in (10.0, 0.8765, 1.0, 123500.0, math.inf)] == [9.999, 0.8764, 0.9999, 123400.0, math.inf]

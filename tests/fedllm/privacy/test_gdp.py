@@ -1,11 +1,18 @@
-"""Exact Gaussian differential privacy against closed forms and high precision."""
+"""Gaussian differential privacy: the exact figures against closed forms, the limit theorem's against published ones."""
 
 import mpmath
 import pytest
 
 from fedllm.privacy import accountants
 from fedllm.privacy.accountants import UnsupportedEvent, gdp
-from fedllm.privacy.events import ADD_REMOVE, REPLACE_ONE, GaussianEvent, PoissonGaussianEvent
+from fedllm.privacy.events import (
+    ADD_REMOVE,
+    REPLACE_ONE,
+    FixedSizeGaussianEvent,
+    GaussianEvent,
+    PoissonGaussianEvent,
+    TruncatedPoissonGaussianEvent,
+)
 
 
 def epsilon(name, event, count, delta, relation=ADD_REMOVE):
@@ -70,6 +77,63 @@ class TestGdp:
     def test_mu_for_a_target_is_the_analytic_gaussian(self, target, sigma):
         assert 1 / gdp.gdp_mu(target, 1e-5) == pytest.approx(sigma, rel=1e-6)
 
-    def test_refuses_sampling(self):
-        with pytest.raises(UnsupportedEvent, match=r"gdp.*PoissonGaussianEvent"):
-            accountants.create("gdp").compose(PoissonGaussianEvent(1.0, 0.1))
+
+class TestCentralLimit:
+    @pytest.mark.parametrize(
+        ("sigma", "q", "steps", "mu", "want", "pld"),
+        [
+            (1.5, 0.04, 2250, 1.41938176, 6.601567, 6.7688),
+            (0.638, 256 / 60000, 70 * 60000 / 256, 1.784917, 8.6974, 9.4770),
+        ],
+    )
+    def test_published_figures_are_below_the_truth(self, sigma, q, steps, mu, want, pld):
+        accountant = accountants.create("gdp").compose(PoissonGaussianEvent(sigma, q), int(steps))
+        assert accountant.mu == pytest.approx(mu, rel=1e-4)
+        assert accountant.epsilon(1e-5).epsilon == pytest.approx(want, rel=1e-4)
+        assert accountant.epsilon(1e-5).epsilon < pld
+
+    @pytest.mark.parametrize("rate", [1e-9, 0.02, 0.999])
+    @pytest.mark.parametrize("sigma", [0.0, 0.01, 0.1, 1.0, 100.0])
+    def test_is_never_called_a_bound(self, sigma, rate):
+        accountant = accountants.create("gdp").compose(GaussianEvent(3.0), 2).compose(PoissonGaussianEvent(sigma, rate))
+        for answer in (accountant.epsilon(1e-5), accountant.delta(1.0)):
+            assert (answer.kind, answer.direction, answer.conversion) == ("estimate", "unknown", "central limit theorem")
+            assert answer.reason
+
+    def test_the_label_stays_when_more_is_composed(self):
+        accountant = accountants.create("gdp").compose(PoissonGaussianEvent(1.0, 0.02)).compose(GaussianEvent(1.0), 10**6)
+        assert accountant.epsilon(1e-5).kind == "estimate"
+
+    @pytest.mark.parametrize("relation", [ADD_REMOVE, REPLACE_ONE])
+    def test_nothing_sampled_is_the_exact_bound(self, relation):
+        exact = accountants.create("gdp", relation).compose(GaussianEvent(2.0), 4).epsilon(1e-5)
+        whole = accountants.create("gdp", relation).compose(PoissonGaussianEvent(2.0, 1.0), 4).epsilon(1e-5)
+        assert whole == exact
+        assert (exact.kind, exact.direction, exact.reason) == ("bound", "exact", None)
+        group = accountants.create("gdp", relation).compose(PoissonGaussianEvent(2.0, 1.0, group=3), 4).epsilon(1e-5)
+        assert group.epsilon == epsilon("gdp", GaussianEvent(2.0, 3.0), 4, 1e-5, relation)
+
+    def test_composes_with_exact_sums(self):
+        accountant = accountants.create("gdp").compose(GaussianEvent(4.0), 9)
+        accountant.compose(PoissonGaussianEvent(1.5, 0.04), 2250)
+        assert accountant.mu == pytest.approx((9 / 16 + 1.41938176**2) ** 0.5, rel=1e-7)
+
+    @pytest.mark.parametrize("sigma", [0.1, 0.03, 1e-200])
+    def test_too_little_noise_has_a_reason(self, sigma):
+        accountant = accountants.create("gdp").compose(PoissonGaussianEvent(sigma, 0.01), 1000)
+        answer, delta = accountant.epsilon(1e-5), accountant.delta(1.0)
+        assert answer.epsilon is None and delta.delta is None
+        assert "too little noise" in answer.reason and answer.kind == "estimate"
+
+    @pytest.mark.parametrize(
+        ("event", "relation", "why"),
+        [
+            (PoissonGaussianEvent(1.0, 0.1), REPLACE_ONE, "add-or-remove-one"),
+            (PoissonGaussianEvent(1.0, 0.1, group=2), ADD_REMOVE, "group"),
+            (FixedSizeGaussianEvent(1.0, 100, 10), REPLACE_ONE, "plain Poisson"),
+            (TruncatedPoissonGaussianEvent(1.0, 0.1, 100, 30), ADD_REMOVE, "plain Poisson"),
+        ],
+    )
+    def test_refuses_what_the_theorem_is_not_about(self, event, relation, why):
+        with pytest.raises(UnsupportedEvent, match=rf"gdp.*{type(event).__name__}.*{why}"):
+            accountants.create("gdp", relation).compose(event)

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from fedllm import cli
-from fedllm.cli.privacy import participations
+from fedllm.cli.privacy.report import participations
+from fedllm.privacy import accountants
 from fedllm.privacy.adversaries import epsilon_release, epsilon_server
 from fedllm.privacy.ledger import Ledger, read_ledger
 
@@ -158,3 +159,26 @@ def test_participations():
     assert participations(1) == []
     assert participations(10) == [1, 2, 5]
     assert participations(60) == [1, 2, 5, 10, 20, 50]
+
+
+def test_stage_by_stage_by_every_accountant_and_by_round(ledger_folder, capsys):
+    folder = ledger_folder("run")
+    with Ledger.open(folder / "ledger.jsonl") as ledger:
+        ledger.append(ENTRY | {"stage": "stage1", "round": 0, "noise_multiplier": 3.0})
+    run = report(capsys, folder)["runs"][0]
+    assert [(stage["stage"], stage["releases"]) for stage in run["stages"]] == [("stage 1", 1), ("stage 2", 3)]
+    assert all(stage["release"]["epsilon"] < run["release"]["epsilon"] for stage in run["stages"])
+    assert {answer["accountant"] for answer in run["accountants"]} == set(accountants.names()) - {"pld"}
+    assert run["by_round"][-1]["release"]["pld"] == run["release"]["epsilon"]
+    assert run["by_round"][-1]["server"] == run["server"]["epsilon"]
+    assert (folder / "epsilon.png").read_bytes().startswith(b"\x89PNG") and run["plot"] == str(folder / "epsilon.png")
+
+
+def test_plots_go_where_they_are_asked_to(ledger_folder, tmp_path, capsys):
+    folder = ledger_folder("run")
+    assert cli.run(["privacy", "report", str(folder), "--out", str(tmp_path / "plots")]) == 0
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["1-run.png"] and not (folder / "epsilon.png").exists()
+    capsys.readouterr()
+    (tmp_path / "file").write_text("")
+    assert cli.run(["privacy", "report", str(folder), "--out", str(tmp_path / "file")]) == 0
+    assert "no plot was written" in capsys.readouterr().err

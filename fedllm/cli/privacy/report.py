@@ -14,20 +14,15 @@ from fedllm.cli.output import JsonFlag, expect_run, print_json, print_table
 from fedllm.errors import UserError
 from fedllm.formats import delta_text, epsilon_text
 
-app = typer.Typer(no_args_is_help=False, help="What runs cost: epsilon, from the ledgers.")
+PLOT_NAME = "epsilon.png"
 
 
-@app.callback()
-def privacy() -> None:
-    """What runs cost: epsilon, from the ledgers."""
-
-
-@app.command()
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="Run folders, finished or not.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the plots of epsilon by round; default: each run's own.")] = None,
     as_json: Annotated[bool, JsonFlag] = False,
 ) -> None:
-    """Both adversaries' epsilon, from the ledgers alone; several runs on the same data are composed."""
+    """Both adversaries' epsilon, stage by stage and by every accountant, from the ledgers alone; runs on the same data are composed."""
     if len({folder.resolve() for folder in run_dirs}) < len(run_dirs):
         raise UserError("a run folder is named twice; its releases would be composed with themselves")
     ledgers = [_read(folder) for folder in run_dirs]
@@ -35,15 +30,36 @@ def report(
     together = composed_reports([str(folder) for folder in run_dirs], ledgers)
     if len({_population(header) for header, _ in ledgers}) > len({header["data"] for header, _ in ledgers}):
         print("note: runs on the same data but with other units or another split are not composed", file=sys.stderr)
+    for number, (folder, item) in enumerate(zip(run_dirs, reports, strict=True), start=1):
+        item["plot"] = _plot(item, folder / PLOT_NAME if out is None else out / f"{number}-{folder.name}.png")
     if as_json:
         print_json({"runs": reports, "composed": together})
         return
     for item in [*reports, *together]:
         print_table(_title(item), ("", "ε", "meaning"), report_rows(item))
+    for item in reports:
+        if item["plot"]:
+            print(f"epsilon by round: {item['plot']}", file=sys.stderr)
+
+
+def _plot(report: dict[str, Any], path: Path) -> str | None:
+    """Draw epsilon by round; None where there is nothing to draw or the folder cannot be written."""
+    from fedllm.privacy.ledger_plot import ledger_figure
+
+    if not any(row["release"] for row in report["by_round"]):
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return str(ledger_figure(report, path))
+    except OSError as error:
+        print(f"note: {path}: {error.strerror}; no plot was written", file=sys.stderr)
+        return None
 
 
 def run_report(name: str, header: dict[str, Any], entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Both answers of one ledger, the server's for fewer rounds taken part in, and why the run may not be private."""
+    """Both answers of one ledger by every accountant, stage by stage and by round, and why the run may not be private."""
+    from fedllm.privacy import adversaries
+    from fedllm.privacy.accountants import names
     from fedllm.privacy.adversaries import epsilon_release, epsilon_server, privacy_marks
     from fedllm.privacy.ledger import counted
 
@@ -56,11 +72,22 @@ def run_report(name: str, header: dict[str, Any], entries: list[dict[str, Any]])
         "why_not_private": why,
         "target": header["target"],
         "planned_rounds": header["planned_rounds"],
-        "stage1_releases": sum(entry["stage"] in (1, "stage1") for entry in spent),
-        "stage2_releases": sum(entry["stage"] not in (1, "stage1") for entry in spent),
+        "stage1_releases": sum(entry["stage"] in adversaries.STAGE1 for entry in spent),
+        "stage2_releases": sum(entry["stage"] not in adversaries.STAGE1 for entry in spent),
         "repeated_attempts": sum(entry["attempt"] > 1 for entry in spent),
         "release": epsilon_release(header, entries).as_json(),
         "server": epsilon_server(header, entries).as_json(),
+        "stages": [
+            {
+                "stage": stage,
+                "releases": len(part),
+                "release": epsilon_release(header, part).as_json(),
+                "server": epsilon_server(header, part).as_json(),
+            }
+            for stage, part in adversaries.by_stage(spent).items()
+        ],
+        "accountants": [epsilon_release(header, entries, accountant).as_json() for accountant in names() if accountant != "pld"],
+        "by_round": [] if "privacy disabled" in why else adversaries.epsilon_by_round(header, entries),
         "server_took_part": [{"times": times, **answer} for times, answer in took_part.items()],
     }
 
@@ -111,6 +138,13 @@ def report_rows(report: dict[str, Any]) -> list[list[str] | None]:
     rows: list[list[str] | None] = []
     for adversary in ("release", "server"):
         rows.append([f"{adversary} adversary", epsilon_text(report[adversary]["epsilon"]), _meaning(report[adversary])])
+    if len(report["stages"]) > 1:
+        for stage in report["stages"]:
+            figures = f"release; server {epsilon_text(stage['server']['epsilon'])}"
+            rows.append([f"{stage['stage']} alone", epsilon_text(stage["release"]["epsilon"]), figures])
+    if report["release"]["epsilon"] is not None:
+        for other in report["accountants"]:
+            rows.append([f"release by {other['accountant']}", epsilon_text(other["epsilon"]), _other_meaning(other)])
     if report["server"]["epsilon"] is not None:
         for part in report["server_took_part"]:
             times = "once" if part["times"] == 1 else f"{part['times']} times"
@@ -130,7 +164,13 @@ def _meaning(answer: dict[str, Any]) -> str:
     if answer["epsilon"] is None:
         return answer["reason"]
     parts = [f"{answer['kind']} for one {answer['unit']}", answer["relation"], f"δ {delta_text(answer['delta'])}"]
-    return ", ".join([*parts, answer["accountant"], *([answer["reason"]] if answer["reason"] else [])])
+    return ", ".join(filter(None, [*parts, answer["accountant"], answer["reason"]]))
+
+
+def _other_meaning(answer: dict[str, Any]) -> str:
+    if answer["epsilon"] is None:
+        return answer["reason"]
+    return ", ".join(filter(None, [f"{answer['kind']} ({answer['direction']})", answer["conversion"], answer["reason"]]))
 
 
 def _title(report: dict[str, Any]) -> str:
