@@ -229,6 +229,21 @@ class TestOracles:
             want = gdp.gdp_epsilon(1.0, delta)
             assert want <= got <= want * 1.001
 
+    def test_the_lower_bound_holds_on_a_grid_that_is_much_too_coarse(self, monkeypatch):
+        monkeypatch.setattr(pld_optimistic, "GRID", 0.1)
+        monkeypatch.setattr(pld_optimistic, "GAP", 10.0)
+        accountant, want = accountants.create("pld_optimistic").compose(PoissonGaussianEvent(60.0, 1.0), 900), gdp.gdp_epsilon(0.5, 1e-2)
+        (curve,), _ = accountant._lower_curves(accountant._costly())
+        assert curve.grid == 0.025 and curve.epsilon(1e-2, -1.0) > want
+        assert accountant.epsilon(1e-2).epsilon < want
+
+    @pytest.mark.parametrize(("sigma", "count"), [(20.0, 400), (3.0, 9), (60.0, 900)])
+    def test_the_lower_bound_stands_below_the_closed_form(self, sigma, count):
+        event, mu = PoissonGaussianEvent(sigma, 1.0), math.sqrt(count) / sigma
+        want = gdp.gdp_epsilon(mu, 1e-5)
+        assert 0.99 * want < epsilon("pld_optimistic", event, count, 1e-5) < want
+        assert accountants.create("pld_optimistic").compose(event, count).delta(1.0).delta < gdp.gdp_delta(mu, 1.0)
+
     def test_a_cut_lowers_the_rate_of_the_lower_bound_only(self):
         event = TruncatedPoissonGaussianEvent(2.0, 0.5, 40, 10)
         kept = sum(binom.pmf(k, 39, 0.5) * min(1.0, 10 / (k + 1)) for k in range(40)) / 2
