@@ -28,6 +28,8 @@ CohortFlag = Annotated[int | None, typer.Option("--cohort", metavar="M", help="U
 UnitFlag = Annotated[str, typer.Option("--unit", help="What one unit is; only a name: client, user, example.")]
 AccountantFlag = Annotated[str, typer.Option("--accountant", help="pld | rdp | gdp | edgeworth, one of their members, or all.")]
 
+CheckFlag = Annotated[bool, typer.Option("--check", help="Ask Google's dp-accounting too, an independent implementation.")]
+
 
 @dataclass(frozen=True)
 class Sampling:

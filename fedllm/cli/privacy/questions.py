@@ -10,6 +10,7 @@ from fedllm.cli.output import JsonFlag, print_json, print_table
 from fedllm.cli.privacy import flags
 from fedllm.cli.privacy.flags import (
     AccountantFlag,
+    CheckFlag,
     CohortFlag,
     DeltaFlag,
     EpsilonFlag,
@@ -41,10 +42,12 @@ def epsilon(
     population: PopulationFlag = None,
     cohort: CohortFlag = None,
     unit: UnitFlag = "client",
+    check: CheckFlag = False,
     as_json: Annotated[bool, JsonFlag] = False,
 ) -> None:
     """Epsilon at --delta, delta at --epsilon, or (with both, without --steps) how many steps the budget allows."""
     from fedllm.privacy import questions
+    from fedllm.privacy.second_opinion import second_opinion
 
     names, between = questions.members(accountant), flags.relation_of(relation)
     drawn = flags.sampling(sampling_rate, population, cohort, group, phase)
@@ -58,6 +61,8 @@ def epsilon(
         flags.check_delta(delta)
     if epsilon is not None:
         flags.check_epsilon(epsilon)
+    if check and (delta is None or epsilon is not None):
+        raise UserError("--check: expected with --delta and without --epsilon; it compares epsilons")
     counts: dict[str, int | None] = {}
     if delta is not None and epsilon is not None:
         if steps is not None or phase:
@@ -75,17 +80,19 @@ def epsilon(
 
     answers, refusals = _asked(names, question, unit)
     quoted = _quote_steps(answers, counts) if counts else questions.to_quote(answers)
+    opinion = second_opinion(phases, between, delta, quoted and quoted.epsilon) if check else None
     if as_json:
         rows = [answer.as_json() | ({"steps": counts[answer.accountant]} if counts else {}) for answer in answers]
-        print_json(
-            {"query": asked, "answers": rows, "quote": quoted and quoted.accountant, "refused": [vars(refusal) for refusal in refusals]}
-        )
+        refused = [vars(refusal) for refusal in refusals]
+        found = {"query": asked, "answers": rows, "quote": quoted and quoted.accountant, "refused": refused}
+        print_json(found | ({"check": opinion} if check else {}))
         return
     what = "steps" if counts else "ε" if epsilon is None else "δ"
     header = ("accountant", what, "kind", "direction", "certain interval", "conversion", "seconds", "remark")
     rows = [_row(answer, what, counts) for answer in answers]
     rows += [[refusal.accountant, "refused", "", "", "", "", "", refusal.reason] for refusal in refusals]
-    print_table(flags.text(asked), header, rows, [_quote_line(quoted, what, counts)], (0, 2, 3, 4, 5, 7))
+    notes = [_quote_line(quoted, what, counts), *([_opinion_line(opinion)] if opinion else [])]
+    print_table(flags.text(asked), header, rows, notes, (0, 2, 3, 4, 5, 7))
 
 
 def calibrate(
@@ -192,6 +199,13 @@ def _quote_line(quoted: PrivacyAnswer | None, what: str, counts: dict[str, int |
     figure = f"ε = {epsilon_text(quoted.epsilon)} at δ = {delta_text(quoted.delta)}"
     what_it_is = f"bound, {quoted.relation}, one {quoted.unit}"
     return f"quote: {figure} by {quoted.accountant} ({what_it_is}): the least figure that is never below the truth"
+
+
+def _opinion_line(opinion: dict[str, Any]) -> str:
+    if opinion["epsilon"] is None:
+        return "check: dp-accounting has no figure for such releases"
+    apart = "" if opinion["difference"] is None else f"; what is quoted here differs by {100 * opinion['difference']:+.4f} %"
+    return f"check: dp-accounting's own PLD says {opinion['epsilon']:.6g}{apart}"
 
 
 def _off(answer: PrivacyAnswer, against: PrivacyAnswer) -> float | None:

@@ -92,6 +92,30 @@ def test_calibration_is_rounded_up_and_checked_back(ask):
     assert rdp["off_by"] == pytest.approx(rdp["epsilon"] / found["epsilon"] - 1) and rdp["off_by"] > 0
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--sampling-rate", "0.02"],
+        ["--sampling-rate", "0.02", "--group", "2"],
+        ["--sampling-rate", "0.02", "--relation", "replace-one"],
+        ["--sampling-rate", "1"],
+    ],
+)
+def test_an_independent_library_agrees(extra, ask):
+    found = ask("epsilon", "--noise-multiplier", "2", "--steps", "100", "--delta", "1e-5", "--check", *extra)
+    assert found["check"]["epsilon"] > 0 and -1e-6 <= found["check"]["difference"] < 1e-3
+
+
+def test_where_the_library_has_no_figure(ask, capsys):
+    fixed = ["--noise-multiplier", "4", "--population", "1000", "--cohort", "20", "--steps", "10", "--delta", "1e-5", "--check"]
+    assert ask("epsilon", *fixed, "--relation", "replace-one", "--accountant", "rdp")["check"]["epsilon"] is None
+    assert cli.run(["privacy", "epsilon", *EXAMPLE, "--epsilon", "1", "--check"]) == 2
+    assert "--check" in capsys.readouterr().err
+    short = ["--noise-multiplier", "2", "--sampling-rate", "0.1", "--steps", "9", "--delta", "1e-5"]
+    assert cli.run(["privacy", "epsilon", *short, "--check"]) == 0
+    assert "dp-accounting's own PLD says" in capsys.readouterr().out
+
+
 def test_tables(capsys):
     assert cli.run(["privacy", "epsilon", *EXAMPLE, "--delta", "1e-5", "--accountant", "all"]) == 0
     out = capsys.readouterr().out
