@@ -25,11 +25,17 @@ class Codec:
         update_size, code_size: n and k.
         linear: whether decode is linear for noise_std 0, so that decoding a mean equals the mean of decoded codes.
         orthonormal: whether the rows of the encoder are orthonormal (then noise before or after encoding is the same in the code).
+        summable: whether codes may be added. If not, `decode` takes ONE update's code, the mean is taken over decoded updates,
+            and no noise can be put into a code: such a codec is for runs without DP.
+        needs_prior: whether `fit` refuses None for a prior.
+
+    These four are of the class where they hold for a whole family, and of the instance where they depend on its parts (`chain`).
     """
 
     name: ClassVar[str]
-    linear: ClassVar[bool] = False
-    orthonormal: ClassVar[bool] = False
+    linear: bool = False
+    orthonormal: bool = False
+    summable: bool = True
     needs_prior: ClassVar[bool] = True
     update_size: int
     code_size: int
@@ -46,7 +52,7 @@ class Codec:
         raise NotImplementedError
 
     def decode(self, mean_code: Tensor, noise_std: float = 0.0) -> Tensor:
-        """Mean code [k], with noise of `noise_std` in each coordinate, -> update [n]."""
+        """Mean code [k], with noise of `noise_std` in each coordinate, -> update [n]. One update's code where not `summable`."""
         raise NotImplementedError
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -100,6 +106,21 @@ def check_code_size(code_size: int, update_size: int) -> None:
     """Raise ValueError unless 1 <= code_size <= update_size."""
     if not 1 <= code_size <= update_size:
         raise ValueError(f"Expected 1 <= code_size={code_size} <= {update_size}, the size of the update")
+
+
+def require_prior(prior: GaussianPrior | None, family: str, *, rows: bool = False) -> GaussianPrior:
+    """The prior; raises ValueError where there is none, or none with rows (samples, not just scales) where `rows` are needed."""
+    if prior is None:
+        raise ValueError(f"Expected a prior for codec family {family}, got none")
+    if rows and prior.rows is None:
+        raise ValueError(f"Expected a prior with rows for codec family {family}, got the {prior.structure} prior {prior.name}")
+    return prior
+
+
+def require_no_noise(noise_std: float, family: str) -> None:
+    """Raise ValueError unless noise_std is 0: for families whose codes cannot be summed, so that none can be private."""
+    if noise_std != 0:
+        raise ValueError(f"Expected noise_std={noise_std} = 0: codes of family {family} cannot be summed, so they carry no noise")
 
 
 def wiener_gain(mean_code: Tensor, noise_std: float, prior_variance: Tensor, least: float = 0.1) -> Tensor:

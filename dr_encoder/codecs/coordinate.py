@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dr_encoder.codecs.base import Codec, check_code_size, register, wiener_gain
+from dr_encoder.codecs.base import Codec, check_code_size, register, require_prior, wiener_gain
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import GaussianPrior
 
@@ -29,10 +30,17 @@ class CoordinateCodec(Codec):
     ) -> CoordinateCodec:
         """The `code_size` coordinates of largest prior variance; ties (all coordinates of a factor) are broken by the seed."""
         check_code_size(code_size, layout.size)
-        variance = prior.variance()
-        shuffled = torch.randperm(layout.size, generator=torch.Generator().manual_seed(seed))
-        order = shuffled[torch.argsort(variance[shuffled], descending=True, stable=True)]
-        chosen = order[:code_size].sort().values
+        variance = require_prior(prior, cls.name).variance()
+        # By a threshold: sorting a large update would take many times its memory.
+        least = float(np.partition(variance.numpy(), layout.size - code_size)[layout.size - code_size])
+        taken = variance > least
+        open_places = code_size - int(taken.sum())
+        if int((variance == least).sum()) > open_places:
+            shuffled = torch.randperm(layout.size, generator=torch.Generator().manual_seed(seed))
+            taken[shuffled[variance[shuffled] == least][:open_places]] = True
+        else:
+            taken |= variance == least
+        chosen = taken.nonzero().flatten()
         return cls(chosen, variance[chosen], layout.size)
 
     def encode(self, updates: Tensor) -> Tensor:

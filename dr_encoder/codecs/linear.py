@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dr_encoder.codecs.base import Codec, check_code_size, register, wiener_gain
+from dr_encoder.codecs.base import Codec, check_code_size, register, require_prior, wiener_gain
 from dr_encoder.codecs.coordinate import CoordinateCodec
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import GaussianPrior
@@ -37,6 +37,7 @@ class LinearCodec(Codec):
         Raises ValueError where the prior's rows span fewer than `code_size` directions.
         """
         check_code_size(code_size, layout.size)
+        prior = require_prior(prior, cls.name)
         if prior.structure == "diagonal":
             return CoordinateCodec.fit(prior, layout, code_size, noise_std, seed)
         return cls(*principal_subspace(prior.rows, code_size))
