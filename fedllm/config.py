@@ -105,8 +105,6 @@ def check(config: Config) -> None:
     in_range("privacy.clip.bit_multiplier", privacy.clip.bit_multiplier, 0.5, open_low=True)
     if len(fed.server.betas) != 2 or not all(0 <= beta < 1 for beta in fed.server.betas):
         raise UserError(f"federation.server.betas={fed.server.betas}: expected two numbers, 0 <= beta < 1")
-    if codec.code_size is not None:
-        in_range("codec.code_size", codec.code_size, 1)
     if config.seed is not None:
         in_range("seed", config.seed, 0, 2**62)
     norm = privacy.clip.norm

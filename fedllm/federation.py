@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,8 @@ from torch import Tensor
 from dr_encoder import codecs, moments
 from dr_encoder.codecs import Codec
 from dr_encoder.priors import GaussianPrior, factor_rms, from_moments
-from fedllm import evaluation, public
+from dr_encoder.sizing import code_size_auto
+from fedllm import evaluation, priors, public
 from fedllm.checkpoint import Checkpoints
 from fedllm.errors import RunStopped, UserError
 from fedllm.monitor import Monitor
@@ -36,6 +38,8 @@ from fedllm.stopwatch import Stopwatch
 from fedllm.training.engine import Evaluation
 from fedllm.transports import TRANSPORTS
 
+MOST_AUTO = 16_384  # longest code that `code_size: auto` considers
+
 
 @dataclasses.dataclass
 class Progress:
@@ -46,6 +50,7 @@ class Progress:
     started: bool = False  # the model before training has been evaluated
     clip: float | None = None
     codec: str | None = None  # fingerprint
+    code_size: int | None = None  # where it was chosen here
     prior: str = "none"
     before: dict[str, float | None] = dataclasses.field(default_factory=dict)
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -72,10 +77,11 @@ class Federation:
         self.engine = setting.engine
         self.run_id: str = ledger.header["run"]
         self.noise = Noise(config.seed)
-        self.transport = TRANSPORTS[config.federation.transport](setting, config.federation.local, self.noise, watch)
+        self.transport = TRANSPORTS[config.federation.transport](setting, config, self.noise, watch)
         self.optimizer = ServerOptimizer(self.engine.adapter(), config.federation.server)
         self.codec: Codec | None = None
         self.moments: Tensor | None = None
+        self.released = priors.Released()
         self.progress = Progress()
 
     # -- the run -----------------------------------------------------------------------------------------------------------------
@@ -148,7 +154,7 @@ class Federation:
         if self.config.codec.prior != "moments" and (self.codec is None or self.due(number)):
             with self.watch.phase("local_training"), self.monitor.phase(f"round {number + 1}: public gradients"):
                 rows = public.gradients(self.setting, self.config, self.public_seed, number)
-            self.fit(rows.prior(self.engine.layout) if rows is not None else None, rows)
+            self.fit(self.prior(rows), rows)
         spec = self.stage2_spec(number)
         if not self.allowed(spec):
             self.progress.stopped = f"the budget allows no round after {number}"
@@ -161,6 +167,8 @@ class Federation:
             code = self.adapt_clip(mean, spec)
             with self.watch.phase("codec"):
                 update = self.codec.decode(code, spec.mean_std)
+                if "released" in self.config.codec.prior:
+                    self.released.add(self.codec.decode(code), spec.mean_std, len(code))
         with self.watch.phase("server"):
             try:
                 self.engine.load(self.optimizer.step(update))
@@ -189,19 +197,56 @@ class Federation:
         with self.watch.phase("codec"):
             return self.codec.decode(code)
 
+    def prior(self, rows: public.PublicGradients | None) -> GaussianPrior | None:
+        """What the codec is fitted on: `codec.prior`, of public gradients and what has been released so far."""
+        settings = self.config.codec
+        if rows is None or settings.prior == "none":
+            return None
+        with self.watch.phase("codec"):
+            given = priors.Given(self.engine.layout, rows.fit, self.released, self.public_seed + self.progress.rounds)
+            return priors.build(settings.prior, settings.weights, given)
+
+    def code_size(self, fit: Callable[[int], Codec], rows: public.PublicGradients | None) -> int | None:
+        """The code's length; `auto` is decided once, from held-out public gradients, before any private data is touched."""
+        wanted = self.config.codec.code_size
+        if wanted != "auto":
+            return wanted
+        if self.progress.code_size is None:
+            of_sum = sum_multiplier(self.config.privacy.noise, self.multiplier, self.shares)
+            fitted, noise = {}, {}  # noise of one number of the mean code: it follows the clip norm, and that the code's length
+            for size in (2**power for power in range(4, 30) if 2**power <= min(self.engine.layout.size, MOST_AUTO)):
+                try:
+                    fitted[size] = fit(size)
+                except ValueError:  # the prior spans no more directions
+                    break
+                clip = public.clip_norm(rows, fitted[size].encode, self.config, self.unit_examples)
+                noise[size] = (of_sum * clip / max(self.expected, 1.0)) ** 2
+            try:
+                rounds = self.config.federation.rounds
+                self.progress.code_size = code_size_auto(rows.fit, rows.held_out, noise.get, rounds, list(fitted), fitted.get)
+            except ValueError as error:
+                raise UserError(f"codec.code_size=auto: {error}; or a number in codec.code_size") from None
+            self.monitor.say(f"code of {self.progress.code_size} numbers, chosen from public gradients among {list(fitted)}")
+        return self.progress.code_size
+
     def fit(self, prior: GaussianPrior | None, rows: public.PublicGradients | None) -> None:
         """Fit the codec to a prior, and take the clip norm from held-out public gradients."""
         settings = self.config.codec
         noise_std = sum_multiplier(self.config.privacy.noise, self.multiplier, self.shares) / max(self.expected, 1.0)
         with self.watch.phase("codec"), self.monitor.phase(f"fitting the {settings.family} codec"):
             family, seed = codecs.CODECS[settings.family], self.public_seed + self.progress.rounds
+
+            def of_size(size: int | None) -> Codec:
+                return family.fit(prior, self.engine.layout, size, noise_std, seed, steps=settings.fit_steps)
+
             try:
-                self.codec = family.fit(prior, self.engine.layout, settings.code_size, noise_std, seed, steps=settings.fit_steps)
+                self.codec = of_size(self.code_size(of_size, rows))
             except ValueError as error:  # public text that spans too few directions, say
                 raise UserError(f"codec.family={settings.family}: {error}") from None
             except FloatingPointError as error:
                 raise RunStopped(str(error)) from None
             self.progress.codec = self.codec.fingerprint()
+            self.transport.refit(self.codec)
             self.progress.prior = f"{prior.name}:{prior.fingerprint()}" if prior is not None else "none"
             first = self.progress.clip is None
             if self.config.privacy.enabled and (first or self.config.privacy.clip.mode == "fixed"):
@@ -342,7 +387,7 @@ class Federation:
     def save(self) -> None:
         """Checkpoint: all a resumed run needs."""
         with self.watch.phase("server"):
-            tensors = self.optimizer.state()
+            tensors = self.optimizer.state() | self.released.state() | self.transport.state()
             if self.moments is not None:
                 tensors["moments"] = self.moments
             self.progress.seconds = self.watch.total()
@@ -363,8 +408,10 @@ class Federation:
         self.optimizer.restore(tensors)
         self.engine.load(tensors["adapter"])
         self.moments = tensors.get("moments")
+        self.released = priors.Released.from_state(tensors)
         if self.progress.codec is not None:
             self.codec = codecs.load(self.checkpoints.codec_path(self.progress.codec))
+            self.transport.restore(self.codec, tensors)
 
 
 def sampling_rate(config: Config) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,13 +49,23 @@ register(
     )
 )
 
-# What a codec may be fitted on, and how often.
+# What a codec may be fitted on. ROWS stands for public gradients, alone or mixed with what costs nothing either.
+ROWS = "public[+released][+random]"
+ROW_PARTS = ("public", "released", "random")
 PRIORS_OF = {
-    "linear": ("public", "moments"),
-    "coordinate": ("public", "moments"),
-    "autoencoder": ("moments", "public"),
+    "linear": (ROWS, "moments"),
+    "kronecker": (ROWS, "moments"),
+    "coordinate": (ROWS, "moments"),
+    "chain": (ROWS,),
+    "autoencoder": ("moments", ROWS),
+    "sketch": ("public", "none"),
     "identity": ("public", "none"),
+    "topk": ("public", "none"),
+    "powersgd": ("public", "none"),
 }
+FIXED_SIZE = ("autoencoder", "identity")  # families that fix the code's size
+FREE_OF_PRIOR = ("sketch", "identity", "topk", "powersgd")
+NOT_SUMMABLE = ("topk", "powersgd")  # a code stands for its own update alone: no sum of codes, hence no privacy
 
 
 def apply_method(config: Config) -> Config:
@@ -69,8 +80,10 @@ def apply_method(config: Config) -> Config:
         setattr(getattr(config, section), name, value)
     if not config.privacy.enabled:
         config.codec.bits = 32  # without a clip there is no public range to lay a lattice over
-    if config.codec.family == "identity":
+    if config.codec.family in FREE_OF_PRIOR:
         config.codec.prior = "none" if config.task.public is None else "public"
+    if config.codec.family in NOT_SUMMABLE:
+        config.codec.decode = "each"
     return config
 
 
@@ -78,14 +91,32 @@ def check_combination(config: Config) -> None:
     """Raise UserError for parts that make no sense together."""
     codec, privacy, fed = config.codec, config.privacy, config.federation
     one_of("codec.family", codec.family, tuple(PRIORS_OF))
-    one_of("codec.prior", codec.prior, PRIORS_OF[codec.family])
-    if codec.family in ("linear", "coordinate") and codec.code_size is None:
-        raise UserError(f"codec.code_size=null: expected a number with codec.family={codec.family}")
-    if codec.family in ("autoencoder", "identity") and codec.code_size is not None:
-        raise UserError(f"codec.code_size={codec.code_size}: expected null with codec.family={codec.family}, which fixes it")
-    if codec.family == "linear" and codec.prior == "public" and codec.code_size > fit_rows(codec.public_examples):
+    check_prior(config)
+    if codec.family in FIXED_SIZE:
+        if codec.code_size is not None:
+            raise UserError(f"codec.code_size={codec.code_size}: expected null with codec.family={codec.family}, which fixes it")
+    elif codec.code_size != "auto" and (not isinstance(codec.code_size, int) or isinstance(codec.code_size, bool) or codec.code_size < 1):
+        shown = "null" if codec.code_size is None else codec.code_size
+        raise UserError(f"codec.code_size={shown}: expected a number >= 1 or auto with codec.family={codec.family}")
+    if codec.code_size == "auto" and (codec.prior == "moments" or codec.family in FREE_OF_PRIOR or not privacy.enabled):
         raise UserError(
-            f"codec.code_size={codec.code_size}: expected at most {fit_rows(codec.public_examples)}, four fifths of "
+            "codec.code_size=auto: expected codec.family linear, kronecker, coordinate or chain, a prior of public gradients, and "
+            "privacy.enabled=true; without a spectrum or without noise there is nothing to weigh"
+        )
+    if codec.family in NOT_SUMMABLE and privacy.enabled:
+        raise UserError(
+            f"codec.family={codec.family}: expected privacy.enabled=false; its codes cannot be summed, and which numbers it keeps "
+            "would be a release of its own"
+        )
+    if codec.error_feedback and privacy.enabled:
+        raise UserError(
+            "codec.error_feedback=true: expected false with privacy.enabled=true; the residual carries un-noised data into later "
+            "messages, a release that no ledger has"
+        )
+    most = fit_rows(codec.public_examples)
+    if codec.family in ("linear", "chain") and codec.prior == "public" and codec.code_size != "auto" and codec.code_size > most:
+        raise UserError(
+            f"codec.code_size={codec.code_size}: expected at most {most}, four fifths of "
             f"codec.public_examples={codec.public_examples} (the rest is held out for the clip norm)"
         )
     one_of("codec.decode", codec.decode, ("mean", "each"))
@@ -113,6 +144,19 @@ def check_combination(config: Config) -> None:
         )
     if privacy.unit == "user" and fed.partition.kind == "dirichlet":
         raise UserError("federation.partition.kind=dirichlet: expected iid or column with privacy.unit=user")
+
+
+def check_prior(config: Config) -> None:
+    """Raise UserError for a prior that its codec cannot use, or for weights that do not fit it."""
+    codec = config.codec
+    names, allowed = codec.prior.split("+"), PRIORS_OF[codec.family]
+    of_rows = names[0] == "public" and len(set(names)) == len(names) and set(names) <= set(ROW_PARTS)
+    if codec.prior not in allowed and not (of_rows and ROWS in allowed):
+        raise UserError(f"codec.prior={codec.prior}: expected one of {', '.join(allowed)} with codec.family={codec.family}")
+    if codec.weights is not None and (len(codec.weights) != len(names) or not all(0 <= weight < math.inf for weight in codec.weights)):
+        raise UserError(f"codec.weights={codec.weights}: expected {len(names)} numbers >= 0, one a part of codec.prior={codec.prior}")
+    if codec.weights is not None and codec.weights[0] == 0:
+        raise UserError(f"codec.weights={codec.weights}: expected the first, of public gradients, above 0")
 
 
 def fit_rows(public_examples: int) -> int:

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dr_encoder.layout import AdapterLayout
-from dr_encoder.priors import GaussianPrior, from_public_gradients
 from fedllm.errors import UserError
 from fedllm.methods import held_out_rows
 from fedllm.schema import Config
@@ -24,9 +22,6 @@ class PublicGradients:
 
     fit: Tensor
     held_out: Tensor
-
-    def prior(self, layout: AdapterLayout) -> GaussianPrior:
-        return from_public_gradients(layout, self.fit)
 
 
 def gradients(setting: Setting, config: Config, seed: int, number: int) -> PublicGradients | None:

@@ -164,7 +164,7 @@ def population(config: Config) -> str:
 def check_sizes(config: Config, setting: Setting) -> None:
     """Raise UserError for a code longer than the update."""
     size, code_size = setting.engine.layout.size, config.codec.code_size
-    if code_size is not None and code_size > size:
+    if isinstance(code_size, int) and code_size > size:
         raise UserError(f"codec.code_size={code_size}: expected at most {size}, the number of trained parameters")
 
 

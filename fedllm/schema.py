@@ -78,8 +78,9 @@ class FederationConfig:
 @dataclass
 class CodecConfig:
     family: str = "linear"
-    prior: str = "public"
-    code_size: int | None = 128  # null: what the family fixes (identity: n, autoencoder: 1/64)
+    prior: str = "public"  # public | moments | parts joined by +: public+released+random | none
+    weights: list[float] | None = None  # of the prior's parts: shares of its second moment
+    code_size: Any = 128  # a number, auto (from a held-out public spectrum), or null: what the family fixes (identity, autoencoder)
     refresh: int = 3  # refit every this many rounds (prior: public); 0: never
     decode: str = "mean"  # mean: once, the mean code | each: every message, then the mean (noise: local, or no privacy)
     bits: int = 16  # 8 | 16 | 32 (float32, not quantized)
@@ -87,6 +88,7 @@ class CodecConfig:
     warmup_rounds: int = 2  # stage 1 (prior: moments)
     warmup_public_steps: int = 3  # steps on public text before stage 1: at LoRA's start B = 0 and A's gradient is exactly zero
     fit_steps: int = 200  # auto-encoder
+    error_feedback: bool = False  # lossy codecs without privacy: a client adds what its last code dropped
 
 
 @dataclass

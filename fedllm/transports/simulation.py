@@ -6,22 +6,44 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from dr_encoder.codecs import Codec
+from dr_encoder.feedback import ErrorFeedback
 from fedllm.client import Encode, message, unit_vectors
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
-from fedllm.schema import LocalConfig
+from fedllm.schema import Config
 from fedllm.setting import Setting
 from fedllm.stopwatch import Stopwatch
 from fedllm.transports import register
+
+RESIDUAL = "residual."
 
 
 @register("simulation")
 class Simulation:
     """Holds the clients' data and their noise source; what leaves it are messages only."""
 
-    def __init__(self, setting: Setting, local: LocalConfig, noise: Noise, watch: Stopwatch):
-        self.setting, self.local, self.noise, self.watch = setting, local, noise, watch
+    def __init__(self, setting: Setting, config: Config, noise: Noise, watch: Stopwatch):
+        self.setting, self.local, self.noise, self.watch = setting, config.federation.local, noise, watch
+        self.with_feedback = config.codec.error_feedback
+        self.feedback: ErrorFeedback | None = None
+
+    def refit(self, codec: Codec) -> None:
+        """Take over the codec of the rounds to come; clients that keep what a code dropped go on keeping it."""
+        if self.with_feedback:
+            self.feedback = ErrorFeedback(codec, {} if self.feedback is None else self.feedback.residuals)
+
+    def state(self) -> dict[str, Tensor]:
+        """What clients remember from round to round, as named tensors for a checkpoint; nothing under privacy."""
+        return {} if self.feedback is None else {RESIDUAL + client: kept for client, kept in self.feedback.state().items()}
+
+    def restore(self, codec: Codec, tensors: dict[str, Tensor]) -> None:
+        """Inverse of `state`."""
+        if self.with_feedback:
+            kept = {name.removeprefix(RESIDUAL): value for name, value in tensors.items() if name.startswith(RESIDUAL)}
+            self.feedback = ErrorFeedback.from_state(codec, kept)
 
     def messages(self, spec: PrivateSum, encode: Encode) -> Iterator[bytes]:
         """Messages of the clients that take part in this round."""
@@ -37,7 +59,10 @@ class Simulation:
         records = [self.setting.partition.records(client) for client in cohort]
         for where, updates in self._updates(records):
             with self.watch.phase("codec"):
-                vectors = unit_vectors(updates, encode, spec)
+                if self.feedback is not None:
+                    vectors = torch.stack([self.feedback.compress(*one) for one in zip(cohort[where].tolist(), updates, strict=True)])
+                else:
+                    vectors = unit_vectors(updates, encode, spec)
             yield from zip(cohort[where].tolist(), vectors, strict=True)
 
     def _of_users(self, spec: PrivateSum, encode: Encode) -> Iterator[tuple[int, torch.Tensor]]:

@@ -5,7 +5,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 MOMENTS = ["codec.family=coordinate", "codec.prior=moments"]
 AUTOENCODER = ["codec.family=autoencoder", "codec.code_size=null"]
 USERS = ["privacy.unit=user", "task.columns.user=user", "federation.unit_sampling_rate=0.5", "federation.clients=4"]
+LOSSY = ["privacy.enabled=false", "codec.error_feedback=true"]
 SETTINGS = {
+    "mixture": ["seed=5", "codec.prior=public+released+random", "codec.refresh=1", "federation.rounds=3"],
+    "feedback": ["seed=5", "codec.family=topk", "codec.code_size=60", *LOSSY, "federation.rounds=3"],
     "public": ["seed=5", "codec.refresh=2", "federation.rounds=3"],
     "moments": ["seed=5", *MOMENTS, "privacy.clip.mode=adaptive", "federation.server.optimizer=momentum"],
 }

@@ -83,6 +83,11 @@ MODES = {
     "noise in update, central": ["privacy.noise_in=update", "privacy.noise=central", "codec.bits=32"],
     "each": ["privacy.noise=local", "codec.decode=each"],
     "each, autoencoder": [*AUTOENCODER, "privacy.noise=local", "codec.decode=each"],
+    "kronecker": ["codec.family=kronecker"],
+    "kronecker, moments": ["codec.family=kronecker", "codec.prior=moments"],
+    "chain": ["codec.family=chain"],
+    "sketch": ["codec.family=sketch"],
+    "mixture": ["codec.prior=public+released+random", "codec.refresh=1", "codec.weights=[1,1,0.1]"],
     "adaptive": ["privacy.clip.mode=adaptive"],
     "adaptive, local": ["privacy.clip.mode=adaptive", "privacy.noise=local"],
     "adaptive, central": ["privacy.clip.mode=adaptive", "privacy.noise=central", "privacy.clip.norm=0.3"],
@@ -126,6 +131,26 @@ def test_every_mode_runs_within_its_target(mode, configured, tmp_path, no_plot):
     if config.privacy.clip.mode == "adaptive":
         clips = [entry["clip"] for entry in entries]
         assert clips[0] != clips[1] and 0.5 < clips[1] / clips[0] < 2
+
+
+@pytest.mark.parametrize("family", ["topk", "powersgd"])
+@pytest.mark.parametrize("feedback", ["false", "true"])
+def test_a_lossy_codec_trains_without_privacy(family, feedback, configured, tmp_path, no_plot):
+    settings = [f"codec.family={family}", "codec.code_size=160", "privacy.enabled=false", f"codec.error_feedback={feedback}"]
+    results = run.train(configured("run", *settings))
+    assert results["rounds"] == 2 and 0 < results["code_size"] <= 160 and not results["epsilon"]["private"]
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert any(value.any() for key, value in saved.items() if "lora_B" in key)
+
+
+@pytest.mark.parametrize("family", ["linear", "kronecker"])
+def test_the_size_is_chosen_once_and_told(family, configured, tmp_path, no_plot, capfd):
+    settings = ["seed=3", f"codec.family={family}", "codec.code_size=auto", "codec.refresh=1", "codec.public_examples=59"]
+    results = run.train(configured("run", *settings))
+    _, facts = Checkpoints(tmp_path / "run" / "checkpoints").latest()
+    assert results["code_size"] == facts["code_size"] >= 1
+    assert capfd.readouterr().err.count("chosen from public gradients") == 1
+
 
 
 def test_without_privacy_everything_says_so(configured, tmp_path, no_plot):

@@ -52,6 +52,10 @@ KILLS = [
     ("moments", Federation, "fit", 1, False, 0),
     ("moments", Checkpoints, "save", 4, False, 0),
     ("moments", Ledger, "append", 4, True, 1),
+    ("mixture", Checkpoints, "save", 3, True, 0),
+    ("mixture", federation, "noisy_mean", 3, True, 1),
+    ("feedback", Checkpoints, "save", 3, True, 0),
+    ("feedback", federation, "decoded_mean", 2, True, 1),
 ]
 
 

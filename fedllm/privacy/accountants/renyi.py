@@ -26,6 +26,8 @@ def gaussian_cumulant(s: float, mu: float) -> float:
 def mixture_cumulant(*parts: tuple[float, float]) -> float:
     """log sum w exp(k) over (w, k) with weights that sum to 1: the joint convexity of exp(K) in pairs of laws."""
     top = max((k for w, k in parts if w > 0), default=0.0)
+    if math.isinf(top):
+        return top
     if top < 500:
         return math.log1p(sum(w * math.expm1(k) for w, k in parts if w > 0))
     return top + math.log(sum(w * math.exp(k - top) for w, k in parts if w > 0))

@@ -1,0 +1,91 @@
+"""The prior of a fit: public gradients, what was released so far, fresh random directions, or a mixture. None of them costs privacy.
+
+A prior is named by its parts, joined by '+': `public+released+random`. A part is one function here and one line in ROW_PRIORS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dr_encoder.layout import AdapterLayout
+from dr_encoder.priors import GaussianPrior, from_public_gradients, from_released, mixture, random_directions
+
+RANDOM_ROWS = 16
+MOST_RELEASED = 20  # rounds that are remembered
+
+
+@dataclass
+class Released:
+    """Decoded noisy mean codes, oldest first: public, since the ledger has them."""
+
+    updates: list[Tensor] = field(default_factory=list)
+    noise: list[float] = field(default_factory=list)  # energy of the noise in each
+
+    def add(self, update: Tensor, noise_std: float, code_size: int) -> None:
+        """Remember one round: its code decoded without shrinking [n], and the noise of each of the code's numbers."""
+        self.updates = [*self.updates, update][-MOST_RELEASED:]
+        self.noise = [*self.noise, code_size * noise_std**2][-MOST_RELEASED:]
+
+    def state(self) -> dict[str, Tensor]:
+        """Named tensors for a checkpoint."""
+        if not self.updates:
+            return {}
+        return {"released": torch.stack(self.updates), "released_noise": torch.tensor(self.noise, dtype=torch.float64)}
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor]) -> Released:
+        """Inverse of `state`."""
+        if "released" not in tensors:
+            return cls()
+        return cls(list(tensors["released"]), tensors["released_noise"].tolist())
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a prior may be made of: gradients of public text at the model as it stands, released updates, a public seed."""
+
+    layout: AdapterLayout
+    public: Tensor
+    released: Released
+    seed: int
+
+
+def _public(given: Given) -> GaussianPrior:
+    return from_public_gradients(given.layout, given.public)
+
+
+def _released(given: Given) -> GaussianPrior | None:
+    if not given.released.updates:
+        return None
+    noise_std = torch.tensor(given.released.noise, dtype=torch.float64).sqrt()
+    try:
+        return from_released(given.layout, torch.stack(given.released.updates), noise_std, 1)
+    except ValueError:  # not above their noise: they tell nothing yet
+        return None
+
+
+def _random(given: Given) -> GaussianPrior:
+    return random_directions(given.layout, RANDOM_ROWS, given.seed, _public(given).std)
+
+
+ROW_PRIORS: dict[str, tuple[Callable[[Given], GaussianPrior | None], float]] = {  # name -> (how it is made, its weight unless set)
+    "public": (_public, 1.0),
+    "released": (_released, 1.0),
+    "random": (_random, 0.05),
+}
+
+
+def build(name: str, weights: list[float] | None, given: Given) -> GaussianPrior:
+    """The prior that `name` describes; a part that has nothing to tell yet is left out.
+
+    weights: shares of the total second moment, one a part; None for the usual ones.
+    """
+    names = name.split("+")
+    shares = weights if weights is not None else [ROW_PRIORS[part][1] for part in names]
+    made = [(ROW_PRIORS[part][0](given), share) for part, share in zip(names, shares, strict=True)]
+    found = [(prior, share) for prior, share in made if prior is not None]
+    return found[0][0] if len(found) == 1 else mixture(*zip(*found, strict=True))
