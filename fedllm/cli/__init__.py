@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from fedllm.cli import compare, evaluate, privacy, train
+from fedllm.cli import codec, compare, evaluate, privacy, train
 from fedllm.errors import RunStopped, UserError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command()(train.resume)
 app.command()(evaluate.evaluate)
 app.command()(compare.compare)
 app.add_typer(privacy.app, name="privacy")
+app.add_typer(codec.app, name="codec")
 
 DEBUG = "FEDLLM_DEBUG"
 

@@ -1,0 +1,204 @@
+"""`fedllm codec bench`: train a little, look at real client updates, and score every codec x prior x code size on them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from dr_encoder.codecs import CODECS, Codec
+from dr_encoder.layout import AdapterLayout
+from dr_encoder.message import Header, pack
+from dr_encoder.moments import moments_to_std, unit_moments
+from dr_encoder.priors import GaussianPrior, factor_rms, from_moments
+from dr_encoder.quantize import dtype_of
+from fedllm import priors, public
+from fedllm.bench.scores import Cohorts, Score, add, add_oracle, stored_bytes
+from fedllm.errors import UserError
+from fedllm.federation import public_seed
+from fedllm.methods import FIXED_SIZE, FREE_OF_PRIOR, PRIORS_OF, ROW_PARTS, ROWS
+from fedllm.privacy.events import sum_multiplier
+from fedllm.run import calibrate, resolve
+from fedllm.schema import Config
+from fedllm.server import ServerOptimizer
+from fedllm.setting import Setting, build
+
+Phase = Callable[..., AbstractContextManager]
+SEED = 0  # of the cohorts and the noise: nothing here is private
+NOT_PRIVATE = "diagnostic: not private"
+PAID = "stage 1 (here its private moments, without noise)"
+
+
+@dataclass
+class Candidate:
+    """One codec on one prior at one size, and what it has scored so far."""
+
+    family: str
+    prior: str
+    size: int | None
+    score: Score = field(default_factory=Score)
+    released: priors.Released = field(default_factory=priors.Released)
+    codec: Codec | None = None
+    failed: str | None = None
+
+
+def bench(
+    config: Config,
+    phase: Phase,
+    *,
+    rounds: int = 3,
+    families: Sequence[str] | None = None,
+    prior_names: Sequence[str] = ("public", "public+released", "moments"),
+    sizes: Sequence[int] = (32, 64, 128, 256),
+    others: int | None = None,
+) -> dict[str, Any]:
+    """Rows of the contract, from `rounds` >= 1 rounds trained without noise on the mean of all clients looked at.
+
+    families: None for all. sizes: code sizes; a family that fixes its own has that. others: clients for the oracle and the error's
+    reference, next to the cohort of federation.expected_cohort; None: twice as many.
+    Raises UserError for what the config lacks.
+    """
+    config = resolve(config)
+    setting = build(config, public_seed("0" * 16, config))
+    if setting.public is None:
+        raise UserError("task.public: expected a source of public text; the priors that cost nothing are made of it")
+    half = config.federation.expected_cohort // 2
+    others = 2 * config.federation.expected_cohort if others is None else others
+    if half < 1 or others < 2 or 2 * half + others > setting.partition.clients:
+        raise UserError(f"--others {others}: expected 2 to {setting.partition.clients - 2 * half}, the clients beside the cohort")
+    noise = noise_of_sum(config, setting)
+    per_unit = max(1, round(len(setting.train) / setting.partition.unit_count))
+    rng = np.random.default_rng(SEED)
+    layout, optimizer = setting.engine.layout, ServerOptimizer(setting.engine.adapter(), config.federation.server)
+    candidates = [
+        Candidate(family, prior, size)
+        for family in (families or sorted(CODECS))
+        for prior in (("none",) if family in FREE_OF_PRIOR else [name for name in prior_names if usable(family, name)])
+        for size in ((None,) if family in FIXED_SIZE else sizes)
+    ]
+    if not candidates:
+        raise UserError("--codecs, --priors: expected at least one codec with a prior that it can use")
+    oracle = {size: Score() for size in sizes}
+    for number in range(rounds):
+        with phase(f"round {number + 1} of {rounds}: updates of {2 * half + others} clients and public gradients"):
+            cohorts = collect(setting, config, rng, half, others)
+            rows = public.gradients(setting, config, public_seed("0" * 16, config), number)
+        add_oracle(oracle, cohorts)
+        with phase(f"round {number + 1} of {rounds}: {len(candidates)} codecs", total=len(candidates)) as advance:
+            for candidate in candidates:
+                step(candidate, config, layout, cohorts, rows, noise, per_unit, number, rng)
+                advance(1)
+        mean = torch.cat([cohorts.first, cohorts.second, cohorts.others]).mean(0)
+        setting.engine.load(optimizer.step(mean))
+    epsilon = config.privacy.target.epsilon if config.privacy.enabled else None
+    return {
+        "private": False,
+        "why_not_private": NOT_PRIVATE,
+        "model": config.model.name,
+        "task": config.task.source,
+        "parameters": layout.size,
+        "rounds": rounds,
+        "rows": [row(candidate, config, layout, oracle, noise, epsilon) for candidate in candidates],
+        "failed": [
+            {"codec": each.family, "prior": each.prior, "code_size": each.size, "reason": each.failed} for each in candidates if each.failed
+        ],
+    }
+
+
+def usable(family: str, prior: str) -> bool:
+    """Whether a family may be fitted on a prior."""
+    return prior in PRIORS_OF[family] or (ROWS in PRIORS_OF[family] and set(prior.split("+")) <= set(ROW_PARTS))
+
+
+def noise_of_sum(config: Config, setting: Setting) -> float:
+    """Noise of a sum over its clip norm at the run's own target; 0 without privacy."""
+    found = calibrate(config, setting)
+    return 0.0 if found is None else sum_multiplier(config.privacy.noise, found.stage2_multiplier, config.federation.max_cohort or 1)
+
+
+def collect(setting: Setting, config: Config, rng: np.random.Generator, half: int, others: int) -> Cohorts:
+    """True updates of different clients at the model as it stands."""
+    clients = rng.choice(setting.partition.clients, 2 * half + others, replace=False)
+    local = config.federation.local
+    updates = torch.empty(len(clients), setting.engine.layout.size)
+    records = [setting.partition.records(int(client)) for client in clients]
+    for where, some in setting.engine.updates(setting.train, records, local.steps, local.lr):
+        updates[where] = some
+    return Cohorts(updates[:half], updates[half : 2 * half], updates[2 * half :])
+
+
+def step(
+    candidate: Candidate,
+    config: Config,
+    layout: AdapterLayout,
+    cohorts: Cohorts,
+    rows: public.PublicGradients,
+    noise: float,
+    per_unit: int,
+    number: int,
+    rng: np.random.Generator,
+) -> None:
+    """Refit one candidate where it is due, and score it on this round. per_unit: examples of a unit, for the clip norm."""
+    refresh = config.codec.refresh
+    if candidate.failed is not None:
+        return
+    expected = 2 * len(cohorts.first)
+    if candidate.codec is None or (refresh > 0 and number % refresh == 0 and candidate.prior != "moments"):
+        begun = time.perf_counter()
+        try:
+            prior = prior_of(candidate, config, layout, cohorts, rows, number)
+            options = {"steps": config.codec.fit_steps}
+            candidate.codec = CODECS[candidate.family].fit(prior, layout, candidate.size, noise / expected, number, **options)
+        except (ValueError, FloatingPointError) as error:
+            candidate.failed = str(error)
+            return
+        candidate.score.fit_seconds += time.perf_counter() - begun
+    codec, clip = candidate.codec, 0.0
+    if noise and codec.summable:
+        clip = public.clip_norm(rows, codec.encode, config, per_unit)
+    noisy = add(candidate.score, codec, cohorts, noise * clip / expected, rng)
+    if noisy is not None and "released" in candidate.prior:
+        candidate.released.add(codec.decode(noisy), noise * clip / expected, codec.code_size)
+
+
+def prior_of(candidate: Candidate, config: Config, layout: AdapterLayout, cohorts: Cohorts, rows, number: int) -> GaussianPrior | None:
+    """The prior that a candidate names; `moments` are the clients' own, without the noise that stage 1 would put on them."""
+    if candidate.prior == "none":
+        return None
+    if candidate.prior == "moments":
+        scale = factor_rms(layout, rows.fit).clamp_min(1e-12)
+        return from_moments(layout, *moments_to_std(unit_moments(cohorts.first, layout, scale).mean(0), scale))
+    return priors.build(candidate.prior, None, priors.Given(layout, rows.fit, candidate.released, number))
+
+
+def row(
+    candidate: Candidate, config: Config, layout: AdapterLayout, oracle: dict[int, Score], noise: float, epsilon: float | None
+) -> dict[str, Any]:
+    """One candidate as the contract names its figures."""
+    size = candidate.size if candidate.codec is None else candidate.codec.code_size
+    bits = config.codec.bits if candidate.codec is not None and candidate.codec.summable and noise else 32
+    sent = None if size is None else message_bytes(size, bits, config.federation.clients)
+    return {
+        "codec": candidate.family,
+        "prior": candidate.prior,
+        "cost": PAID if candidate.prior == "moments" else "none",
+        "code_size": size,
+        "compression_ratio": None if sent is None else 4 * layout.size / sent,
+        **candidate.score.row(),
+        "oracle_signal_energy": oracle[candidate.size].row()["signal_energy"] if candidate.size in oracle else None,
+        "epsilon": epsilon,
+        "noise_multiplier": noise,
+        "message_bytes": sent,
+        "memory_bytes": None if candidate.codec is None else stored_bytes(candidate.codec),
+    }
+
+
+def message_bytes(size: int, bits: int, clients: int) -> int:
+    """Size of a whole message with a code of `size` numbers."""
+    header = Header(run="0" * 16, round=0, client=clients - 1, codec="0" * 16, scale=1.0)
+    return len(pack(header, np.zeros(size, dtype_of(bits))))

@@ -1,0 +1,47 @@
+"""What `fedllm codec bench` draws: signal kept, and lost signal plus noise, against the length of the code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedllm.plots import COLOURS, MARKERS, WARNING, _figure, _save, _style
+
+
+def bench_figure(found: Mapping[str, Any], path: str | Path) -> Path:
+    """Rate-distortion curves of every codec and prior, and their error after noise with its minimum marked. Returns `path`."""
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in found["rows"]:
+        if row["signal_energy"] is not None and row["code_size"] is not None:
+            curves.setdefault(f"{row['codec']}, {row['prior']}", []).append(row)
+    with _style():
+        figure = _figure(11, 5.5)
+        kept, error = figure.subplots(1, 2)
+        for number, (name, rows) in enumerate(sorted(curves.items())):
+            rows = sorted(rows, key=lambda row: row["code_size"])
+            sizes = [row["code_size"] for row in rows]
+            look = {
+                "color": COLOURS[number % len(COLOURS)],
+                "marker": MARKERS[number % len(MARKERS)],
+                "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3],
+            }
+            kept.plot(sizes, [row["signal_energy"] for row in rows], label=name, **look)
+            errors = [row["total_error"] for row in rows]
+            error.plot(sizes, errors, **look)
+            least = min(range(len(rows)), key=lambda place: errors[place])
+            error.plot(sizes[least], errors[least], marker="o", markersize=13, markerfacecolor="none", color=look["color"])
+        known = {row["code_size"]: row["oracle_signal_energy"] for row in found["rows"] if row["oracle_signal_energy"] is not None}
+        oracle = sorted(known.items())
+        if oracle:
+            kept.plot(*zip(*oracle, strict=True), color="#888888", linestyle="-.", label="oracle: PCA of other clients' updates")
+        kept.set_ylabel("share of the signal's energy kept")
+        kept.set_ylim(min(0, kept.get_ylim()[0]), 1.05)
+        error.set_ylabel("lost signal + noise, over the signal's energy (ring: least)")
+        error.set_yscale("log")
+        for axis in (kept, error):
+            axis.set_xscale("log", base=2)
+            axis.set_xlabel("numbers in the code")
+        figure.suptitle(f"{found['model']} on {found['task']}: {found['why_not_private']}", x=0.01, ha="left", color=WARNING)
+        figure.legend(loc="outside lower center", ncols=3)
+        return _save(figure, path)

@@ -1,0 +1,130 @@
+"""What a codec keeps of real updates.
+
+Two independent half cohorts give mean updates u1 = mu + e1 and u2 = mu + e2 with independent sampling errors, so that products across
+them are free of these errors: <P u1, P u2> / <u1, u2> is the share of the *signal* mu that is kept, where the energy of one mean,
+|P u1|^2 / |u1|^2, mostly counts sampling noise. With x the decoded noisy code of the whole cohort and u3 the mean of other clients still,
+|x|^2 - 2 <x, u3> + <u1, u2> estimates |x - mu|^2 without bias.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dr_encoder.codecs import Codec
+from dr_encoder.codecs.linear import principal_subspace
+
+SINGLES = 16  # updates whose own energy is looked at
+
+
+@dataclass(frozen=True)
+class Cohorts:
+    """Real updates of one round, none of them private: two half cohorts and other clients, each [units, n]."""
+
+    first: Tensor
+    second: Tensor
+    others: Tensor
+
+    @property
+    def signal(self) -> float:
+        """<u1, u2>: an unbiased estimate of |mu|^2, which may come out negative in a round of little signal."""
+        return dot(self.first.mean(0), self.second.mean(0))
+
+
+@dataclass
+class Score:
+    """Sums over rounds; ratios are taken at the end, so that a round with little signal weighs little."""
+
+    signal: float = 0.0
+    signal_kept: float = 0.0
+    mean: float = 0.0
+    mean_kept: float = 0.0
+    single: float = 0.0
+    single_kept: float = 0.0
+    error: float = 0.0
+    encode_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    fit_seconds: float = 0.0
+    rounds: int = 0
+
+    def row(self) -> dict[str, float | None]:
+        """Ratios, and seconds a round: encode of one update, decode of one mean, one fit."""
+        return {
+            "signal_energy": ratio(self.signal_kept, self.signal),
+            "kept_energy_mean": ratio(self.mean_kept, self.mean),
+            "kept_energy_single": ratio(self.single_kept, self.single),
+            "total_error": ratio(self.error, self.signal),
+            "fit_seconds": ratio(self.fit_seconds, self.rounds),
+            "encode_seconds": ratio(self.encode_seconds, self.rounds),
+            "decode_seconds": ratio(self.decode_seconds, self.rounds),
+        }
+
+
+def add(score: Score, codec: Codec, cohorts: Cohorts, noise_std: float, rng: np.random.Generator) -> Tensor | None:
+    """Add one round's figures of a fitted codec; returns the noisy mean code of the whole cohort (None where codes have no sum).
+
+    noise_std: DP noise of the mean code's numbers, for the whole cohort.
+    """
+    u1, u2 = cohorts.first.mean(0), cohorts.second.mean(0)
+    begun = time.perf_counter()
+    codes = codec.encode(cohorts.first)
+    score.encode_seconds += (time.perf_counter() - begun) / len(codes)
+    other_codes = codec.encode(cohorts.second)
+    p1, p2 = decoded(codec, codes), decoded(codec, other_codes)
+    score.signal += dot(u1, u2)
+    score.signal_kept += dot(p1, p2)
+    score.mean += dot(u1, u1)
+    score.mean_kept += dot(p1, p1)
+    score.single += float(cohorts.first[:SINGLES].double().square().sum())
+    score.single_kept += sum(float(codec.decode(code).double().square().sum()) for code in codes[:SINGLES])
+    noisy = None
+    begun = time.perf_counter()
+    if codec.summable:
+        noise = torch.from_numpy(rng.standard_normal(codec.code_size)).float() * noise_std
+        noisy = torch.cat([codes, other_codes]).mean(0) + noise
+        found = codec.decode(noisy, noise_std)
+    else:
+        found = (p1 + p2) / 2
+    score.decode_seconds += time.perf_counter() - begun
+    score.error += dot(found, found) - 2 * dot(found, cohorts.others.mean(0)) + dot(u1, u2)
+    score.rounds += 1
+    return noisy
+
+
+def add_oracle(scores: dict[int, Score], cohorts: Cohorts) -> None:
+    """The same of the oracle at every size: the principal subspace of other clients' true updates of this very round."""
+    most = min(max(scores), len(cohorts.others) - 1)
+    basis, _ = principal_subspace(cohorts.others, most)
+    kept = ((basis @ cohorts.first.mean(0)).double() * (basis @ cohorts.second.mean(0)).double()).cumsum(0)
+    for size, score in scores.items():
+        score.signal += cohorts.signal
+        score.signal_kept += float(kept[min(size, most) - 1])
+
+
+def decoded(codec: Codec, codes: Tensor) -> Tensor:
+    """The mean update [n] that codes [units, k] stand for: decoded once, or one by one where they have no sum."""
+    if codec.summable:
+        return codec.decode(codes.mean(0))
+    total = torch.zeros(codec.update_size)
+    for code in codes:
+        total += codec.decode(code)
+    return total / len(codes)
+
+
+def stored_bytes(codec: Codec) -> int:
+    """Size of what the codec keeps."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in codec.state()[0].values())
+
+
+def dot(one: Tensor, other: Tensor) -> float:
+    """Inner product in float64."""
+    return float(one.double() @ other.double())
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """part / whole; None where the whole is not positive."""
+    return part / whole if whole > 0 else None

@@ -1,0 +1,119 @@
+"""`codec bench`: scores against constructed updates, and the command on a tiny model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dr_encoder.codecs import CODECS
+from dr_encoder.layout import AdapterLayout
+from dr_encoder.priors import from_public_gradients
+from fedllm import cli
+from fedllm.bench.scores import Cohorts, Score, add, add_oracle
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+N, UNITS = 400, 300
+LAYOUT = AdapterLayout.of([("A", torch.zeros(4, 50)), ("B", torch.zeros(50, 4))])
+ROW_KEYS = {
+    "codec", "prior", "cost", "code_size", "compression_ratio", "signal_energy", "kept_energy_mean", "kept_energy_single",
+    "oracle_signal_energy", "epsilon", "noise_multiplier", "total_error", "message_bytes", "fit_seconds", "encode_seconds",
+    "decode_seconds", "memory_bytes",
+}  # fmt: skip
+
+
+def updates(generator, count, signal):
+    """signal + white noise of unit variance a coordinate."""
+    return signal + torch.randn(count, N, generator=generator)
+
+
+@pytest.fixture
+def cohorts():
+    """A signal of energy 4 in the first two directions (3 and 1), under white sampling noise a hundred times as long."""
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.zeros(N)
+    signal[0], signal[1] = 3**0.5, 1.0
+    return Cohorts(*(updates(generator, UNITS, signal) for _ in range(3)))
+
+
+def fitted(rows, size):
+    return CODECS["linear"].fit(from_public_gradients(LAYOUT, rows), LAYOUT, size, 0.0, 0)
+
+
+def scored(codec, cohorts, noise_std=0.0, draws=1):
+    score, rng = Score(), np.random.default_rng(1)
+    for _ in range(draws):
+        add(score, codec, cohorts, noise_std, rng)
+    return score.row()
+
+
+def test_the_signal_is_told_from_the_sampling_noise(cohorts):
+    """A projection on the signal's larger direction keeps 3 of its 4; a random one nothing; of the mean's energy both keep little."""
+    larger, other = torch.zeros(1, N), torch.zeros(1, N)
+    larger[0, 0] = other[0, 7] = 1.0
+    good, bad = scored(fitted(larger, 1), cohorts), scored(fitted(other, 1), cohorts)
+    assert good["signal_energy"] == pytest.approx(0.75, abs=0.08) and abs(bad["signal_energy"]) < 0.08
+    assert good["kept_energy_mean"] == pytest.approx(3 / (4 + N / UNITS), rel=0.15)
+    assert good["kept_energy_single"] < 0.03
+    whole = scored(CODECS["identity"].fit(None, LAYOUT, None, 0.0, 0), cohorts)
+    assert whole["signal_energy"] == pytest.approx(1.0) and whole["kept_energy_single"] == pytest.approx(1.0)
+
+
+def test_the_error_counts_what_is_lost_and_the_noise(cohorts):
+    larger = torch.zeros(1, N)
+    larger[0, 0] = 1.0
+    lost = scored(fitted(larger, 1), cohorts)["total_error"]
+    assert lost == pytest.approx(0.25, abs=0.1)
+    white = CODECS["identity"].fit(None, LAYOUT, None, 0.0, 0)
+    assert scored(white, cohorts)["total_error"] == pytest.approx(N / (2 * UNITS) / 4, abs=0.1)  # sampling noise of the whole cohort
+    noisy = scored(white, cohorts, noise_std=1.0, draws=20)["total_error"]
+    # Noise a hundred times the signal's energy is shrunk, but by no more than to a tenth: 0.9^2 of the signal lost, and a signal's worth left.
+    assert noisy == pytest.approx(0.81 + 1.0, abs=0.3)
+
+
+def test_the_oracle_finds_the_signal_in_other_clients(cohorts):
+    strong = Cohorts(*(10 * torch.outer(torch.ones(UNITS), cohorts.first.new_ones(N)) + part for part in vars(cohorts).values()))
+    oracle = {1: Score(), 8: Score()}
+    add_oracle(oracle, strong)
+    assert oracle[1].row()["signal_energy"] == pytest.approx(1.0, abs=0.01)
+    assert oracle[8].row()["signal_energy"] >= oracle[1].row()["signal_energy"] - 0.01
+
+
+def test_the_command(tiny, tmp_path, capsys):
+    arguments = ["codec", "bench", str(tiny / "config.yaml"), "--rounds", "2", "--others", "12", "--sizes", "4,160", "--out", str(tmp_path)]
+    assert cli.run([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["private"] is False and "not private" in found["why_not_private"]
+    assert all(row.keys() >= ROW_KEYS for row in found["rows"])
+    assert {row["codec"] for row in found["rows"]} == set(CODECS)  # a family is in the table by being registered
+    assert {row["prior"] for row in found["rows"]} == {"none", "public", "public+released", "moments"}
+    whole = next(row for row in found["rows"] if row["codec"] == "identity")
+    assert whole["signal_energy"] is None or whole["signal_energy"] == pytest.approx(1.0)
+    assert all(row["message_bytes"] is None or row["message_bytes"] > 0 for row in found["rows"])
+    assert {(each["codec"], each["code_size"]) for each in found["failed"]} >= {("powersgd", 4), ("linear", 160)}
+    assert (tmp_path / "codecs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_says_that_it_is_not_private(tiny, tmp_path, capsys):
+    arguments = ["--rounds", "1", "--others", "12", "--sizes", "4", "--codecs", "linear,identity", "--priors", "public"]
+    assert cli.run(["codec", "bench", str(tiny / "config.yaml"), *arguments, "--out", str(tmp_path)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "diagnostic: not private" in out and "linear" in out and "topk" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--codecs", "lineal"], "--codecs lineal: expected some of"),
+        (["--sizes", "four"], "--sizes four: expected whole numbers"),
+        (["--sizes", "0"], "--sizes 0: expected whole numbers"),
+        (["--rounds", "0"], "--rounds 0: expected"),
+        (["--others", "1000"], "--others 1000: expected 2 to"),
+        (["--codecs", "chain", "--priors", "moments"], "--codecs, --priors: expected at least one"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, says, tiny, tmp_path, capsys):
+    assert cli.run(["codec", "bench", str(tiny / "config.yaml"), *arguments, "--out", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err and captured.out == "" and not (tmp_path / "out").exists()
