@@ -56,7 +56,7 @@ def bench(
         print_json(found)
         return
     header = ("codec", "prior", "numbers", "signal", "oracle", "mean", "error with noise", "message", "stored", "fit", "en + decode")
-    rows = [_cells(row) for row in found["rows"] if row["signal_energy"] is not None]
+    rows = [_cells(row) for row in found["rows"] if row["encode_seconds"] is not None]
     failed = [f"{each['codec']}, {each['prior']}, {each['code_size']}: {each['reason']}" for each in found["failed"]]
     title = f"{found['model']} on {found['task']}, {found['rounds']} rounds ({found['why_not_private']})"
     print_table(title, header, rows, [*failed, f"{found['plot']}"], (0, 1))

@@ -68,7 +68,7 @@ def test_the_error_counts_what_is_lost_and_the_noise(cohorts):
     white = CODECS["identity"].fit(None, LAYOUT, None, 0.0, 0)
     assert scored(white, cohorts)["total_error"] == pytest.approx(N / (2 * UNITS) / 4, abs=0.1)  # sampling noise of the whole cohort
     noisy = scored(white, cohorts, noise_std=1.0, draws=20)["total_error"]
-    # Noise a hundred times the signal's energy is shrunk, but by no more than to a tenth: 0.9^2 of the signal lost, and a signal's worth left.
+    # Noise of a hundred times the signal's energy is shrunk, but only to a tenth: 0.9^2 of the signal is lost, noise of one signal left.
     assert noisy == pytest.approx(0.81 + 1.0, abs=0.3)
 
 
