@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -19,10 +18,10 @@ from torch import Tensor
 from dr_encoder import codecs, moments
 from dr_encoder.codecs import Codec
 from dr_encoder.priors import GaussianPrior, factor_rms, from_moments
-from dr_encoder.sizing import code_size_auto
 from fedllm import evaluation, priors, public
 from fedllm.checkpoint import Checkpoints
-from fedllm.errors import RunStopped, UserError
+from fedllm.codec_fit import choose_size, fit_codec
+from fedllm.errors import RunStopped
 from fedllm.monitor import Monitor
 from fedllm.privacy import adversaries, guard
 from fedllm.privacy.calibration import update_multiplier
@@ -37,8 +36,6 @@ from fedllm.setting import Setting
 from fedllm.stopwatch import Stopwatch
 from fedllm.training.engine import Evaluation
 from fedllm.transports import TRANSPORTS
-
-MOST_AUTO = 16_384  # longest code that `code_size: auto` considers
 
 
 @dataclasses.dataclass
@@ -206,45 +203,18 @@ class Federation:
             given = priors.Given(self.engine.layout, rows.fit, self.released, self.public_seed + self.progress.rounds)
             return priors.build(settings.prior, settings.weights, given)
 
-    def code_size(self, fit: Callable[[int], Codec], rows: public.PublicGradients | None) -> int | None:
-        """The code's length; `auto` is decided once, from held-out public gradients, before any private data is touched."""
-        wanted = self.config.codec.code_size
-        if wanted != "auto":
-            return wanted
-        if self.progress.code_size is None:
-            of_sum = sum_multiplier(self.config.privacy.noise, self.multiplier, self.shares)
-            fitted, noise = {}, {}  # noise of one number of the mean code: it follows the clip norm, and that the code's length
-            for size in (2**power for power in range(4, 30) if 2**power <= min(self.engine.layout.size, MOST_AUTO)):
-                try:
-                    fitted[size] = fit(size)
-                except ValueError:  # the prior spans no more directions
-                    break
-                clip = public.clip_norm(rows, fitted[size].encode, self.config, self.unit_examples)
-                noise[size] = (of_sum * clip / max(self.expected, 1.0)) ** 2
-            try:
-                rounds = self.config.federation.rounds
-                self.progress.code_size = code_size_auto(rows.fit, rows.held_out, noise.get, rounds, list(fitted), fitted.get)
-            except ValueError as error:
-                raise UserError(f"codec.code_size=auto: {error}; or a number in codec.code_size") from None
-            self.monitor.say(f"code of {self.progress.code_size} numbers, chosen from public gradients among {list(fitted)}")
-        return self.progress.code_size
-
     def fit(self, prior: GaussianPrior | None, rows: public.PublicGradients | None) -> None:
         """Fit the codec to a prior, and take the clip norm from held-out public gradients."""
-        settings = self.config.codec
+        settings, layout = self.config.codec, self.engine.layout
         noise_std = sum_multiplier(self.config.privacy.noise, self.multiplier, self.shares) / max(self.expected, 1.0)
+        seed, size = self.public_seed + self.progress.rounds, settings.code_size
         with self.watch.phase("codec"), self.monitor.phase(f"fitting the {settings.family} codec"):
-            family, seed = codecs.CODECS[settings.family], self.public_seed + self.progress.rounds
-
-            def of_size(size: int | None) -> Codec:
-                return family.fit(prior, self.engine.layout, size, noise_std, seed, steps=settings.fit_steps)
-
-            try:
-                self.codec = of_size(self.code_size(of_size, rows))
-            except ValueError as error:  # public text that spans too few directions, say
-                raise UserError(f"codec.family={settings.family}: {error}") from None
-            except FloatingPointError as error:
-                raise RunStopped(str(error)) from None
+            if size == "auto":
+                if self.progress.code_size is None:  # once, before any private data is touched
+                    self.progress.code_size = choose_size(self.config, layout, prior, rows, noise_std, seed, self.unit_examples)
+                    self.monitor.say(f"code of {self.progress.code_size} numbers, chosen from public gradients")
+                size = self.progress.code_size
+            self.codec = fit_codec(self.config, layout, prior, size, noise_std, seed)
             self.progress.codec = self.codec.fingerprint()
             self.transport.refit(self.codec)
             self.progress.prior = f"{prior.name}:{prior.fingerprint()}" if prior is not None else "none"

@@ -34,13 +34,14 @@ class LinearCodec(Codec):
     ) -> Codec:
         """Principal subspace of the prior; for a diagonal prior the coordinates of largest variance.
 
-        Raises ValueError where the prior's rows span fewer than `code_size` directions.
+        Raises ValueError for fewer than `code_size` rows. Rows that span fewer directions than they are (a text that comes twice, an example
+        that the model has learnt, whose gradient is nearly zero) are no error: random directions of variance 0 stand in for the missing.
         """
         check_code_size(code_size, layout.size)
         prior = require_prior(prior, cls.name)
         if prior.structure == "diagonal":
             return CoordinateCodec.fit(prior, layout, code_size, noise_std, seed)
-        return cls(*principal_subspace(prior.rows, code_size))
+        return cls(*principal_subspace(prior.rows, code_size, seed))
 
     def encode(self, updates: Tensor) -> Tensor:
         return updates @ self.basis.T
@@ -56,21 +57,25 @@ class LinearCodec(Codec):
         return cls(tensors["basis"], tensors["variance"])
 
 
-def principal_subspace(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def principal_subspace(rows: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Top `rank` eigenvectors of rows^T rows / count as orthonormal rows [rank, n], and their eigenvalues [rank].
 
-    By the Gram matrix of the rows, so that nothing of size n x n is formed.
-    Raises ValueError where the rows span fewer directions.
+    By the Gram matrix of the rows, so that nothing of size n x n is formed. Where the rows span fewer directions, random ones of the seed
+    are added, orthogonal to them and with eigenvalue 0: a decoder that knows of noise then leaves them out.
+    Raises ValueError for fewer rows than `rank`.
     """
+    if rank > len(rows):
+        raise ValueError(f"Expected code_size={rank} <= {len(rows)}, the number of the prior's rows")
     # float64: in float32 the small eigenvalues would be rounding. By pieces: the rows are not copied whole.
     gram = sum(piece.double() @ piece.double().T for piece in rows.split(65_536, dim=1))
     values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0), vectors.flip(1)
+    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     spanned = int((values > 1e-6 * values[0]).sum())
-    if rank > spanned:
-        raise ValueError(f"Expected code_size={rank} <= {spanned}, the number of directions the prior's {len(rows)} rows span")
-    mix = vectors[:, :rank] / values[:rank].sqrt()
+    mix = vectors[:, :spanned] / values[:spanned].sqrt()
     basis = mix.float().T @ rows
+    if spanned < rank:
+        added = torch.randn(rank - spanned, rows.shape[1], generator=torch.Generator().manual_seed(seed))
+        basis, values[spanned:] = torch.cat([basis, added]), 0.0
     # Rounding of small eigenvalues costs orthogonality, and the privacy of `noise_in: update` rests on it.
     orthonormal, triangle = torch.linalg.qr(basis.T)
-    return (orthonormal * triangle.diagonal().sign()).T.contiguous(), (values[:rank] / len(rows)).float()
+    return (orthonormal * triangle.diagonal().sign()).T.contiguous(), (values / len(rows)).float()

@@ -97,7 +97,7 @@ def add(score: Score, codec: Codec, cohorts: Cohorts, noise_std: float, rng: np.
 
 def add_oracle(scores: dict[int, Score], cohorts: Cohorts) -> None:
     """The same of the oracle at every size: the principal subspace of other clients' true updates of this very round."""
-    most = min(max(scores), len(cohorts.others) - 1)
+    most = min(max(scores), len(cohorts.others))
     basis, _ = principal_subspace(cohorts.others, most)
     kept = ((basis @ cohorts.first.mean(0)).double() * (basis @ cohorts.second.mean(0)).double()).cumsum(0)
     for size, score in scores.items():

@@ -220,11 +220,31 @@ def test_a_lopsided_prior_still_gives_an_orthonormal_basis():
     assert (variance[:-1] >= variance[1:]).all() and (variance > 0).all()
 
 
-def test_linear_asks_for_no_more_than_the_rows_span():
-    twice = torch.cat([rows(1, 10), rows(1, 10)])
-    LinearCodec.fit(from_public_gradients(LAYOUT, twice), LAYOUT, 10, 0.0, 0)
-    with pytest.raises(ValueError, match=r"code_size=11 <= 10, .* 20 rows span"):
-        LinearCodec.fit(from_public_gradients(LAYOUT, twice), LAYOUT, 11, 0.0, 0)
+def test_linear_asks_for_a_row_a_number():
+    with pytest.raises(ValueError, match=r"code_size=21 <= 20, .* prior's rows"):
+        LinearCodec.fit(from_public_gradients(LAYOUT, rows(1, 20)), LAYOUT, 21, 0.0, 0)
+
+
+@pytest.mark.parametrize("spoil", ["twice", "tiny", "one direction"])
+def test_linear_fills_up_what_its_rows_do_not_span(spoil):
+    """A text that comes twice, or one that the model has learnt, is no error: the code keeps its length and loses nothing."""
+    given = rows(1, 20)
+    if spoil == "twice":
+        given[7] = given[3]
+    elif spoil == "tiny":
+        given[7] *= 1e-5
+    else:
+        given = torch.outer(torch.arange(1.0, 21.0), given[0])
+    codec = LinearCodec.fit(from_public_gradients(LAYOUT, given), LAYOUT, 20, 0.0, 3)
+    spanned = 1 if spoil == "one direction" else 19
+    assert (codec.variance > 0).sum() == spanned and codec.code_size == 20
+    gram = codec.basis.double() @ codec.basis.double().T
+    assert (gram - torch.eye(20)).abs().max() < 1e-5
+    kept = torch.stack([codec.decode(code) for code in codec.encode(given)])
+    assert torch.allclose(kept, given, rtol=1e-3, atol=1e-3 * float(given.abs().max()))
+    assert (codec.basis[spanned:] @ codec.decode(torch.ones(20), 0.1)).abs().max() < 1e-5  # under noise the filled-up ones are left out
+    again = LinearCodec.fit(from_public_gradients(LAYOUT, given), LAYOUT, 20, 0.0, 3)
+    assert again.fingerprint() == codec.fingerprint()
 
 
 def test_the_scale_of_the_rows_does_not_matter():

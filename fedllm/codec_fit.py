@@ -1,0 +1,58 @@
+"""Fitting the codec of the rounds to come: sees a prior, public gradients and a public seed, nothing else."""
+
+from __future__ import annotations
+
+from dr_encoder import codecs
+from dr_encoder.codecs import Codec
+from dr_encoder.layout import AdapterLayout
+from dr_encoder.priors import GaussianPrior
+from dr_encoder.sizing import code_size_auto
+from fedllm import public
+from fedllm.errors import RunStopped, UserError
+from fedllm.schema import Config
+
+MOST_AUTO = 16_384  # longest code that `code_size: auto` considers
+
+
+def fit_codec(config: Config, layout: AdapterLayout, prior: GaussianPrior | None, size: int | None, noise_std: float, seed: int) -> Codec:
+    """The config's codec of `size` numbers (None: what its family fixes), fitted to a prior.
+
+    noise_std: DP noise of a mean code's number, in clip norms.
+    Raises UserError where the prior does not suffice, RunStopped where fitting fails.
+    """
+    try:
+        return _fit(config, layout, prior, size, noise_std, seed)
+    except ValueError as error:  # public text that spans too few directions, say
+        raise UserError(f"codec.family={config.codec.family}: {error}") from None
+    except FloatingPointError as error:
+        raise RunStopped(str(error)) from None
+
+
+def choose_size(
+    config: Config,
+    layout: AdapterLayout,
+    prior: GaussianPrior,
+    rows: public.PublicGradients,
+    noise_std: float,
+    seed: int,
+    unit_examples: int,
+) -> int:
+    """`codec.code_size: auto`: the power of two that is expected to lose least to projection and noise, by held-out public gradients.
+
+    Arguments as for `fit_codec`; unit_examples: examples of a typical unit, for the clip norm. Raises UserError where they tell nothing.
+    """
+    fitted, noise = {}, {}  # noise of one number of the mean code: it follows the clip norm, and that the code's length
+    for size in (2**power for power in range(4, 30) if 2**power <= min(layout.size, MOST_AUTO)):
+        try:
+            fitted[size] = _fit(config, layout, prior, size, noise_std, seed)
+        except ValueError:  # the prior spans no more directions
+            break
+        noise[size] = (noise_std * public.clip_norm(rows, fitted[size].encode, config, unit_examples)) ** 2
+    try:
+        return code_size_auto(rows.fit, rows.held_out, noise.get, config.federation.rounds, list(fitted), fitted.get)
+    except ValueError as error:
+        raise UserError(f"codec.code_size=auto: {error}; or a number in codec.code_size") from None
+
+
+def _fit(config: Config, layout: AdapterLayout, prior: GaussianPrior | None, size: int | None, noise_std: float, seed: int) -> Codec:
+    return codecs.CODECS[config.codec.family].fit(prior, layout, size, noise_std, seed, steps=config.codec.fit_steps)
