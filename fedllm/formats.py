@@ -21,6 +21,9 @@ def epsilon_text(epsilon: float | None) -> str:
     """An epsilon rounded up, so that what is shown never claims more privacy than what was computed."""
     if epsilon is None:
         return "none"
+    if epsilon >= 1e12:
+        text = f"{epsilon:.3e}"
+        return text if float(text) >= epsilon else f"{epsilon * 1.001:.3e}"
     decimals = 3 if epsilon < 1 else 2 if epsilon < 100 else 0
     # The small step back keeps 8.0 from becoming 8.01 through binary rounding.
     rounded = math.ceil(epsilon * 10**decimals - 1e-6) / 10**decimals

@@ -257,7 +257,9 @@ def _least(epsilon_at: Callable[[float], float], target: float, guess: float, fl
         if high <= floor or low >= round_down(high):
             return high
         if z > MAX_MULTIPLIER:
-            raise UserError(f"no noise reaches epsilon {target}: raise epsilon, delta or max_cohort, or cut rounds")
+            raise UserError(
+                f"no noise multiplier up to {MAX_MULTIPLIER:g} reaches epsilon {target}: raise epsilon, delta or max_cohort, or cut rounds"
+            )
         if last and math.isfinite(gap) and math.isfinite(last[1]):
             slope = min((gap - last[1]) / math.log(z / last[0]), -0.05)
         last = z, gap

@@ -159,6 +159,18 @@ def truncation_probability(population: int, sampling_rate: float, max_cohort: in
     return float(bdtrc(max_cohort - 1, others, sampling_rate))
 
 
+def without_cut(counts: "tuple[tuple[Event, int], ...]") -> "tuple[tuple[tuple[Event, int], ...], float]":
+    """Truncated events as plain Poisson ones, and the delta that pays for it."""
+    plain: dict[Event, int] = {}
+    lost = 0.0
+    for event, count in counts:
+        if isinstance(event, TruncatedPoissonGaussianEvent):
+            lost += count * truncation_probability(event.population, event.sampling_rate, event.max_cohort)
+            event = PoissonGaussianEvent(event.noise_multiplier, event.sampling_rate)
+        plain[event] = plain.get(event, 0) + count
+    return tuple(plain.items()), lost
+
+
 # Trust modes. The ledger's noise_multiplier z is that of the sum for `distributed` and `central`, that of one message
 # for `local`.
 # The server tops every sum up to exactly `shares` shares, so that its noise never depends on the realised cohort.

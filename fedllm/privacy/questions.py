@@ -96,7 +96,7 @@ def to_quote(answers: Iterable[PrivacyAnswer]) -> PrivacyAnswer | None:
 def most_steps(name: str, event: Event, relation: str, epsilon: float, delta: float) -> tuple[int | None, PrivacyAnswer]:
     """How many releases of an event stay within (epsilon, delta) by one accountant, and its answer there.
 
-    None where a free event never uses the budget up, or more than 10^9 releases fit.
+    None where MAX_STEPS fit; the answer is then the one for so many.
     """
     composed(name, [(GaussianEvent(1.0), 1)]).epsilon(0.5)
     begun = time.perf_counter()
@@ -106,17 +106,16 @@ def most_steps(name: str, event: Event, relation: str, epsilon: float, delta: fl
         return math.inf if found is None else found
 
     low, high = 0, 1
-    while high <= MAX_STEPS and at(high) <= epsilon:
-        low, high = high, 4 * high
-    none_fits = high > MAX_STEPS
-    while not none_fits and high - low > 1:
+    while low < MAX_STEPS and at(high) <= epsilon:
+        low, high = high, min(4 * high, MAX_STEPS)
+    while low < MAX_STEPS and high - low > 1:
         middle = _between(low, high)
         if at(middle) <= epsilon:
             low = middle
         else:
             high = middle
     found = composed(name, [(event, low)], relation).epsilon(delta)
-    return None if none_fits else low, replace(found, seconds=time.perf_counter() - begun)
+    return None if low == MAX_STEPS else low, replace(found, seconds=time.perf_counter() - begun)
 
 
 def _between(low: int, high: int) -> int:

@@ -14,11 +14,14 @@ from fedllm.privacy.events import (
     PoissonGaussianEvent,
     TruncatedPoissonGaussianEvent,
     flatten,
+    relation_factor,
 )
 from fedllm.privacy.questions import Phases
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
+
+MAX_LOSS = 300.0  # the library's grid of 1e-4 is never coarsened: larger losses take it minutes and gigabytes
 
 
 def library_epsilon(phases: Phases, relation: str, delta: float) -> float | None:
@@ -40,11 +43,26 @@ def library_epsilon(phases: Phases, relation: str, delta: float) -> float | None
 
 
 def second_opinion(phases: Phases, relation: str, delta: float, ours: float | None) -> dict[str, Any]:
-    """The library's epsilon beside ours, as plain values; `difference` is ours over theirs, less one."""
-    theirs = library_epsilon(phases, relation, delta)
+    """The library's epsilon beside ours, as plain values; `difference` is ours over theirs, less one.
+
+    No figure where it knows no such release, or where the losses are too large for its grid.
+    """
+    within = ours is not None and max(ours, _largest_loss(phases, relation)) <= MAX_LOSS
+    theirs = library_epsilon(phases, relation, delta) if within else None
     known = theirs is not None and ours is not None and 0 < theirs < math.inf
     finite = theirs if theirs is not None and math.isfinite(theirs) else None
     return {"accountant": "dp-accounting pld", "epsilon": finite, "difference": ours / theirs - 1 if known else None}
+
+
+def _largest_loss(phases: Phases, relation: str) -> float:
+    """Of one release at ten standard deviations, where the unit takes part for certain."""
+    losses = [0.0]
+    for event, count in phases:
+        for part, times in flatten(event, count):
+            if times and getattr(part, "noise_multiplier", 0.0):
+                mu = relation_factor(relation) * getattr(part, "sensitivity", 1.0) * getattr(part, "group", 1) / part.noise_multiplier
+                losses.append(mu * mu / 2 + 10 * mu)
+    return max(losses)
 
 
 def _library_event(event: Event) -> DpEvent | None:

@@ -23,7 +23,10 @@ def test_bytes(count, text):
 
 @pytest.mark.parametrize(
     ("epsilon", "text"),
-    [(8.0, "8.00"), (7.9901, "8.00"), (7.99, "7.99"), (0.1231, "0.124"), (900.2, "901"), (12345.6, "12,346")],
+    [
+        *((8.0, "8.00"), (7.9901, "8.00"), (7.99, "7.99"), (0.1231, "0.124"), (900.2, "901"), (12345.6, "12,346")),
+        *((1e40, "1.000e+40"), (1.0001e40, "1.001e+40")),
+    ],
 )
 def test_epsilon_is_rounded_up(epsilon, text):
     assert formats.epsilon_text(epsilon) == text

@@ -24,7 +24,9 @@ from fedllm.cli.privacy.flags import (
 from fedllm.errors import UserError
 
 FALSE_POSITIVES = 0.01  # where the false-negative rate is stated
-MAX_ENTRIES = 10**8  # of B A times the draws: a simulation above it would take minutes
+MAX_ENTRIES = 2 * 10**7  # of B, A and their product together: the simulation holds several of each
+LARGEST = 1e50  # of norms and noise: the variance takes products of four
+MAX_NUMBERS = 2 * 10**10  # multiplied and drawn in all: more would take minutes
 
 
 def tradeoff(
@@ -108,8 +110,13 @@ def variance(
             raise UserError(f"{flag} {size}: expected a whole number >= 1")
     for flag, value in (("--noise-b", noise_b), ("--noise-a", noise_a), ("--norm-b", norm_b), ("--norm-a", norm_a)):
         flags.check_noise(flag, value)
-    if draws < 2 or draws * m * n > MAX_ENTRIES * 1000:
-        raise UserError(f"--draws {draws}: expected at least 2 and at most {MAX_ENTRIES * 1000 // (m * n):,} for these shapes")
+        if value > LARGEST:
+            raise UserError(f"{flag} {value:g}: expected a number in [0, {LARGEST:g}]")
+    if m * n + m * r + r * n > MAX_ENTRIES:
+        raise UserError(f"--m {m}, --n {n}, --r {r}: expected at most {MAX_ENTRIES:,} entries in B, A and B A together")
+    most = max(MAX_NUMBERS // (m * n * r + 20 * (m * n + m * r + r * n)), 2)
+    if not 2 <= draws <= most:
+        raise UserError(f"--draws {draws}: expected at least 2 and at most {most:,} for these shapes")
     if seed < 0:
         raise UserError(f"--seed {seed}: expected a whole number >= 0")
     found = lora_variance(m, n, r, norm_b, norm_a, noise_b, noise_a, draws=draws, seed=seed)

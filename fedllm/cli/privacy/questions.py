@@ -133,6 +133,8 @@ def calibrate(
         noise_multiplier, found = calibration.calibrate(accountant, phases, epsilon, delta, between)
     except UnsupportedEvent as error:
         raise UserError(str(error)) from None
+    except UserError as error:
+        raise UserError(f"--epsilon {epsilon:g}: {error}") from None
     others = [name for name in questions.members("all") if name != accountant]
     answers, refusals = _asked(others, lambda name: questions.ask(name, phases(noise_multiplier), between, delta=delta), unit, some=False)
     if as_json:
@@ -172,12 +174,12 @@ def _quote_steps(answers: Sequence[PrivacyAnswer], counts: dict[str, int | None]
 def _row(answer: PrivacyAnswer, what: str, counts: dict[str, int | None]) -> list[str]:
     figure = {"ε": epsilon_text(answer.epsilon), "δ": "none" if answer.delta is None else delta_text(answer.delta)}
     if what == "steps":
-        steps = counts[answer.accountant]
-        figure["steps"] = "no limit" if steps is None else f"{steps:,}"
+        figure["steps"] = _steps_text(counts[answer.accountant])
     interval = ""
     if answer.interval is not None:
         text = epsilon_text if what != "δ" else delta_text
-        interval = " to ".join("∞" if end is None else text(end) for end in answer.interval)
+        vacuous = ("0", "1" if what == "δ" else "∞")
+        interval = " to ".join(none if end is None else text(end) for end, none in zip(answer.interval, vacuous, strict=True))
     return [
         answer.accountant,
         figure[what],
@@ -194,16 +196,21 @@ def _quote_line(quoted: PrivacyAnswer | None, what: str, counts: dict[str, int |
     if quoted is None:
         return "quote: nothing; no accountant here gives a bound"
     if what == "steps":
-        steps = counts[quoted.accountant]
-        return f"quote: {'any number of' if steps is None else format(steps, ',')} steps by {quoted.accountant}, a bound"
+        return f"quote: {_steps_text(counts[quoted.accountant])} steps by {quoted.accountant}, a bound"
     figure = f"ε = {epsilon_text(quoted.epsilon)} at δ = {delta_text(quoted.delta)}"
     what_it_is = f"bound, {quoted.relation}, one {quoted.unit}"
     return f"quote: {figure} by {quoted.accountant} ({what_it_is}): the least figure that is never below the truth"
 
 
+def _steps_text(steps: int | None) -> str:
+    from fedllm.privacy.questions import MAX_STEPS
+
+    return f"{MAX_STEPS:,} or more" if steps is None else f"{steps:,}"
+
+
 def _opinion_line(opinion: dict[str, Any]) -> str:
     if opinion["epsilon"] is None:
-        return "check: dp-accounting has no figure for such releases"
+        return "check: dp-accounting has no figure for such releases, or cannot lay out losses so large"
     apart = "" if opinion["difference"] is None else f"; what is quoted here differs by {100 * opinion['difference']:+.4f} %"
     return f"check: dp-accounting's own PLD says {opinion['epsilon']:.6g}{apart}"
 

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Protocol
 
 from fedllm.privacy.answers import BOUND, PrivacyAnswer
-from fedllm.privacy.events import ADD_REMOVE, Event, flatten
+from fedllm.privacy.events import ADD_REMOVE, Event, FreeEvent, flatten
 
 _REGISTRY = {
     "pld": "fedllm.privacy.accountants.pld:PldAccountant",
@@ -103,6 +103,15 @@ class EventCounts:
 
     def deltas(self, epsilons: Sequence[float]) -> list[float]:
         return [self.delta(epsilon).delta for epsilon in epsilons]
+
+    def _costly(self) -> tuple[tuple[Event, int], ...]:
+        """Events that cost something, in one canonical order: calibration, guard and report agree to the last bit."""
+        kept = [
+            (event, count)
+            for event, count in self.counts.items()
+            if not isinstance(event, FreeEvent) and getattr(event, "sampling_rate", 1.0) > 0
+        ]
+        return tuple(sorted(kept, key=repr))
 
     def _answer(self, epsilon: float | None, delta: float | None, reason: str | None = None, **changes) -> PrivacyAnswer:
         fields = {"accountant": self.name, "conversion": self.conversion, "kind": BOUND, **changes}

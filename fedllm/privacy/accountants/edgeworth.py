@@ -27,7 +27,8 @@ from fedllm.privacy.events import (
 )
 
 LARGEST_CORRECTION = 0.5  # of a probability
-_TINY_VARIANCE = 1e-280
+_TINY_VARIANCE = 1e-120  # its fifth standardised cumulant is divided by std^5
+_HUGE_MU = 1e25  # the fifth moment of the loss is of order mu^10
 
 
 class EdgeworthAccountant(EventCounts):
@@ -115,6 +116,8 @@ class EdgeworthAccountant(EventCounts):
             if isinstance(event, TruncatedPoissonGaussianEvent):
                 lost += count * truncation_probability(event.population, event.sampling_rate, event.max_cohort)
             mu = self.factor * getattr(event, "sensitivity", 1.0) / event.noise_multiplier
+            if mu > _HUGE_MU:
+                return [], 0.0, "too little noise: the moments of the privacy loss overflow"
             phases.append(Phase(mu, getattr(event, "sampling_rate", 1.0), count))
         smallest = min((getattr(p.pair, side).cumulants[1] for p in phases for side in ("without", "with_unit")), default=1.0)
         if smallest < _TINY_VARIANCE:

@@ -16,6 +16,8 @@ from fedllm.privacy.events import REPLACE_ONE, Event, FreeEvent, GaussianEvent, 
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 _SQRT_HALF_PI = math.sqrt(math.pi / 2)
 _TINY = 1e-300
+_SMALL_MU = 1e-5  # below it a difference of Mills ratios has lost too many digits
+_LARGE_MU = 1e7  # above it epsilon/mu - mu/2 has
 _MAX_MU = 1e4  # up to here epsilon is computed to 12 digits
 NO_BOUND = "a limit theorem without an error bound: it under-reports where the steps are few or the noise is small"
 
@@ -31,6 +33,10 @@ def log_delta(mu: float, epsilon: float) -> float:
     a = epsilon / mu - mu / 2
     b = epsilon / mu + mu / 2
     log_phi = -0.5 * a * a - _LOG_SQRT_2PI
+    if mu < _SMALL_MU:
+        # R(a) - R(b) is the integral of 1 - x R(x), which is convex: the trapezium is above it, by mu^2 at most.
+        slopes = (1 - x * _SQRT_HALF_PI * float(erfcx(x / math.sqrt(2))) for x in (a, b))
+        return log_phi + math.log(max(_TINY, mu * sum(slopes) / 2))  # in this order also where the slopes are not numbers
     mills_b = _SQRT_HALF_PI * erfcx(b / math.sqrt(2))
     if a > 0:
         return log_phi + math.log(max(_SQRT_HALF_PI * erfcx(a / math.sqrt(2)) - mills_b, _TINY))
@@ -53,10 +59,14 @@ def gdp_epsilon(mu: float, delta: float) -> float:
     Rounded up in the last digits, so that it stays a bound. mu: >= 0 (infinity gives infinity). delta: in (0, 1).
     """
     from scipy.optimize import brentq
+    from scipy.special import ndtri
 
     check_delta(delta)
     if mu == 0 or math.isinf(mu):
         return mu
+    if mu > _LARGE_MU:
+        # delta <= Phi(-a); what is left out is 1/mu^2 of epsilon at most.
+        return mu * (mu / 2 - float(ndtri(delta))) * (1 + 1e-15)
     target = math.log(delta)
     if log_delta(mu, 0.0) <= target:
         return 0.0
@@ -131,7 +141,8 @@ class GdpAccountant(EventCounts):
         if rate < 1:
             return clt_mu_squared(event.noise_multiplier, rate, count)
         sensitivity = self.factor * (event.sensitivity if isinstance(event, GaussianEvent) else event.group)
-        return count * (sensitivity / event.noise_multiplier) ** 2
+        mu = sensitivity / event.noise_multiplier
+        return count * mu * mu  # infinite where mu**2 would raise
 
     def epsilon(self, delta: float) -> PrivacyAnswer:
         check_delta(delta)
@@ -149,6 +160,8 @@ class GdpAccountant(EventCounts):
         """Why there is no figure, if there is none."""
         if any(getattr(event, "noise_multiplier", 1.0) == 0 and self._mu_squared(event, 1) for event in self.counts):
             return "no noise"
+        if math.isinf(self.mu) and not self.sampled:
+            return "too little noise: mu is beyond all floating-point numbers"
         if self.sampled and self.mu > _MAX_MU:
             return f"too little noise for the central limit theorem: it gives mu={self.mu:.3g}"
         return None

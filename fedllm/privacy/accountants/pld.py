@@ -27,11 +27,10 @@ from fedllm.privacy.events import (
     ADD_REMOVE,
     Event,
     FixedSizeGaussianEvent,
-    FreeEvent,
     GaussianEvent,
-    PoissonGaussianEvent,
     TruncatedPoissonGaussianEvent,
     truncation_probability,
+    without_cut,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +45,7 @@ ROUNDED_SHARE = 5e-3  # the grid's square over the variance of one loss, above w
 MIN_DELTA = 1e-12  # far below it the mass beyond the window (1e-17) is no longer negligible
 CUT_SHARE = 0.01  # share of delta that truncation may take before the exact distribution is worth its time
 EXACT_SHARE = 1e-2  # share of delta that rounding may take before the other of two distributions is worth its time
+MAX_NOISE = 1e9  # more is taken for this: beyond, the outcomes that part the cells lose their digits
 MAX_GROUP = 32  # units; the pair is a mixture of so many components
 FAILURES = (MemoryError, OverflowError, FloatingPointError, ZeroDivisionError)
 
@@ -69,7 +69,7 @@ def _pairs(event: Event, relation: str) -> "list[tuple[float, Pair]]":
     """The worst pairs of one release, each with the probability that it is that one; replacements are their own mirror."""
     from fedllm.privacy.accountants.pld_pairs import poisson_pair, replace_pair
 
-    sigma, rate = event.noise_multiplier, getattr(event, "sampling_rate", 1.0)
+    sigma, rate = min(event.noise_multiplier, MAX_NOISE), getattr(event, "sampling_rate", 1.0)
     add_remove = relation == ADD_REMOVE
     plain = poisson_pair(sigma, rate, getattr(event, "group", 1)) if add_remove else replace_pair(sigma, rate)
     if not isinstance(event, TruncatedPoissonGaussianEvent):
@@ -85,12 +85,11 @@ def _pairs(event: Event, relation: str) -> "list[tuple[float, Pair]]":
 def merged(counts: Counts) -> Counts:
     """Unsampled Gaussians are one Gaussian, exactly; the rest in the order given."""
     rest = tuple((event, count) for event, count in counts if not isinstance(event, GaussianEvent))
-    mu_squared = math.fsum(
-        count * (event.sensitivity / event.noise_multiplier) ** 2
-        for event, count in counts
-        if isinstance(event, GaussianEvent)
-    )
-    return (*rest, (GaussianEvent(1 / math.sqrt(mu_squared)), 1)) if mu_squared else rest
+    mus = [
+        math.sqrt(count) * event.sensitivity / event.noise_multiplier for event, count in counts if isinstance(event, GaussianEvent)
+    ]
+    mu = max(math.hypot(*mus), 1e-300)  # more than none where it underflows
+    return (*rest, (GaussianEvent(1 / mu), 1)) if mus else rest
 
 
 def _directions(counts: Counts, relation: str, grid: float) -> "list[list[tuple[Pmf, int]]]":
@@ -109,7 +108,7 @@ def _grid(counts: Counts, relation: str, wanted: float) -> tuple[float, tuple[tu
     for event, _ in counts:
         # What one release spans decides before anything is laid out.
         low, high = map(sum, zip(*(pld_pairs.loss_range(pair) for _, pair in _pairs(event, relation)), strict=True))
-        grid *= 2.0 ** max(0, math.ceil(math.log2((high - low) / grid / most)))
+        grid *= 2.0 ** math.ceil(math.log2(max((high - low) / grid / most, 1.0)))
     for _ in range(8):
         directions = _directions(counts, relation, grid)
         windows = tuple(pld_compose.window(parts, grid) for parts in directions)
@@ -141,22 +140,10 @@ def curves_of(counts: Counts, relation: str, grid: float, tilted: bool) -> "tupl
     return tuple(pld_compose.compose(parts, grid, at, tilted) for parts, at in zip(directions, windows, strict=True))
 
 
-def _without_cut(counts: Counts) -> tuple[Counts, float]:
-    """Truncated events as plain Poisson ones, with the delta that pays for it."""
-    plain: dict[Event, int] = {}
-    lost = 0.0
-    for event, count in counts:
-        if isinstance(event, TruncatedPoissonGaussianEvent):
-            lost += count * truncation_probability(event.population, event.sampling_rate, event.max_cohort)
-            event = PoissonGaussianEvent(event.noise_multiplier, event.sampling_rate)
-        plain[event] = plain.get(event, 0) + count
-    return tuple(plain.items()), lost
-
-
 @lru_cache(maxsize=1024)
 def epsilon_of(counts: Counts, relation: str, grid: float, delta: float) -> tuple[float, Fallback | None]:
     """(epsilon, how it was come by where that was not the distribution)."""
-    plain, lost = _without_cut(counts)
+    plain, lost = without_cut(counts)
     if lost <= CUT_SHARE * delta:
         counts, delta = plain, delta - lost
     if too_large(counts, relation):
@@ -197,7 +184,7 @@ def _deltas_plain(counts: Counts, relation: str, grid: float, epsilons: Sequence
 
 
 def _deltas(counts: Counts, relation: str, grid: float, epsilons: Sequence[float]) -> tuple[list[float], Fallback | None]:
-    plain, lost = _without_cut(counts)
+    plain, lost = without_cut(counts)
     found, how = _deltas_plain(plain, relation, grid, epsilons)
     found = [min(1.0, delta + lost) for delta in found]
     if any(lost > CUT_SHARE * delta for delta in found):
@@ -272,12 +259,3 @@ class PldAccountant(EventCounts):
 
     def _deltas_of(self, counts: Counts, epsilons: Sequence[float]) -> tuple[list[float], Fallback | None]:
         return _deltas(counts, self.relation, self.grid, epsilons)
-
-    def _costly(self) -> Counts:
-        """Events that cost something, in one canonical order: calibration, guard and report agree to the last bit."""
-        kept = [
-            (event, count)
-            for event, count in self.counts.items()
-            if not isinstance(event, FreeEvent) and getattr(event, "sampling_rate", 1.0) > 0
-        ]
-        return tuple(sorted(kept, key=repr))

@@ -67,12 +67,18 @@ class Curve:
         index = np.clip(np.floor(position).astype(np.int64), -1, points - 1)
         inside = np.maximum(index, 0)
         growth = np.exp((position - inside) * self.grid)
-        found = np.where(index < 0, self.whole[0] - growth * self.whole[1], self.above[inside] - growth * self.beyond[inside])
+        mass = np.where(index < 0, self.whole[0], self.above[inside])
+        moment = growth * np.where(index < 0, self.whole[1], self.beyond[inside])
+        found = mass - moment + sign * self._summing() * (mass + moment)
         found = np.maximum(found, 0.0) * (1 + sign * self.drift) + self._margin(index, sign)
         if self.tilt:
             # Below the window a tilted distribution knows nothing.
             found = np.where(index < 0, 1.0, found)
         return np.clip(found, 0.0, 1.0)
+
+    def _summing(self) -> float:
+        """Relative error of `above` and `beyond` as sums of the masses: a term's and the worst of a running sum's."""
+        return 16 * UNIT + len(self.above) * float(np.finfo(np.longdouble).eps)
 
     def _margin(self, index: np.ndarray, sign: float) -> np.ndarray:
         # Clipping at 0 keeps the positive half of the noise: to be removed once more from a lower bound.
@@ -92,6 +98,7 @@ class Curve:
             at = np.array([max(0.0, (self.first + middle) * self.grid)])
             low, high = (middle, high) if float(self.deltas(at, sign)[0]) > delta else (low, middle)
         mass, moment = (float(self.above[low]), float(self.beyond[low])) if low >= 0 else self.whole
+        mass, moment = mass * (1 + sign * self._summing()), moment * (1 - sign * self._summing())
         excess = mass - (delta - float(self._margin(np.array([low]), sign)[0])) / (1 + sign * self.drift)
         top = max(0.0, (self.first + high) * self.grid)
         if excess <= 0 or moment <= 0:
@@ -139,7 +146,8 @@ def window(parts: Parts, grid: float) -> tuple[int, int]:
             def bound(theta: float, sign: float = sign) -> float:
                 return (sum(count * log_moment(pmf, grid, sign * theta) for pmf, count in parts) + reach) / theta
 
-            best = _least_value(bound, start) / grid
+            # Beyond `most` less than one point is to be gained.
+            best = _least_value(bound, start, reach / grid) / grid
             if sign > 0:
                 high = min(high, math.ceil(best) + 1)
             else:
@@ -147,15 +155,14 @@ def window(parts: Parts, grid: float) -> tuple[int, int]:
     return low, max(low, high)
 
 
-def _least_value(function: Callable[[float], float], start: float) -> float:
-    """The least value of a unimodal function of theta > 0, roughly (any value is a valid bound): steps by halves."""
+def _least_value(function: Callable[[float], float], start: float, most: float) -> float:
+    """The least value of a unimodal function of theta in (0, most], roughly (any value is a valid bound): steps by halves."""
+    start = min(start, most)
     best, value, factor = start, function(start), 2.0
     while factor > 1.3:
         for step in (factor, 1 / factor):
-            trial = function(best * step)
-            while trial < value:
+            while best * step <= most and (trial := function(best * step)) < value:
                 best, value = best * step, trial
-                trial = function(best * step)
         factor = math.sqrt(factor)
     return value
 
@@ -246,7 +253,8 @@ def _sums(masses: np.ndarray, grid: float) -> tuple[np.ndarray, np.ndarray, tupl
 def _sums_after(values: np.ndarray) -> np.ndarray:
     """Sum of all later values, at each [n]."""
     sums = np.zeros(len(values))
-    sums[:-1] = np.cumsum(values[:0:-1])[::-1]
+    # In doubles the rounding of half a million additions would be more than all other errors together.
+    sums[:-1] = np.cumsum(values[:0:-1], dtype=np.longdouble)[::-1]
     return sums
 
 
@@ -260,5 +268,5 @@ def _tilt(parts: Parts, grid: float) -> float:
         values[theta] = (sum(count * log_moment(pmf, grid, theta) for pmf, count in parts) + reach) / theta
         return values[theta]
 
-    _least_value(bound, math.sqrt(2 * reach / max(variance, grid * grid)))
+    _least_value(bound, math.sqrt(2 * reach / max(variance, grid * grid)), reach / grid)
     return min(values, key=values.get)

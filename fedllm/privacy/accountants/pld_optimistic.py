@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fedllm.privacy.accountants.pld import FAILURES, GRID, Counts, PldAccountant, curves_of, epsilon_of, merged
+from fedllm.privacy.accountants.pld import FAILURES, GRID, MAX_NOISE, Counts, PldAccountant, curves_of, epsilon_of, merged
 from fedllm.privacy.accountants.pld_fallback import Fallback, closed_form, fallback_deltas, too_large
 from fedllm.privacy.answers import LOWER, PrivacyAnswer
 from fedllm.privacy.events import GaussianEvent, PoissonGaussianEvent, TruncatedPoissonGaussianEvent, truncation_probability
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 FAILED_SHARE = 1e-4  # share of delta that the concentration inequality may fail with
 GAP = 1e-3  # share of epsilon that the bound aims to stay below the upper one
+NO_GRID = "no grid holds the distribution: no lower bound"
 REFERENCE_DELTA = 1e-5  # the grid is chosen for the epsilon at this delta
 
 
@@ -44,8 +45,11 @@ class PldOptimistic(PldAccountant):
         curves, how = self._lower_curves(counts)
         if curves is None:
             if how is None:
-                return self._answer(None, delta, "too little noise for a grid: no lower bound")
-            return self._answer(closed_form(counts, self.relation, delta) * (1 - 1e-9), delta, **how.labels())
+                return self._answer(None, delta, NO_GRID)
+            exact = closed_form(counts, self.relation, delta)
+            if math.isinf(exact):
+                return self._answer(None, delta, "overflow: no finite epsilon")
+            return self._answer(exact * (1 - 1e-9), delta, **how.labels())
         releases = sum(count for _, count in merged(counts))
         eta = FAILED_SHARE * delta
         lowest = max(curve.epsilon(delta + eta, -1.0) - _lift(curve.grid, releases, eta) for curve in curves)
@@ -57,7 +61,7 @@ class PldOptimistic(PldAccountant):
         curves, how = self._lower_curves(counts)
         if curves is None:
             if how is None:
-                return [0.0] * len(epsilons), Fallback("too little noise for a grid: no lower bound", "none")
+                return [0.0] * len(epsilons), Fallback(NO_GRID, "none")
             found, _ = fallback_deltas(counts, self.relation, epsilons, "")
             return [delta * (1 - 1e-9) for delta in found], how
         releases = sum(count for _, count in merged(counts))
@@ -76,6 +80,8 @@ class PldOptimistic(PldAccountant):
             if isinstance(event, TruncatedPoissonGaussianEvent)
         }
         counts = tuple((rated.get(event, event), count) for event, count in counts)
+        if any(event.noise_multiplier > MAX_NOISE for event, _ in merged(counts)):
+            return None, None  # taken for less noise there: no lower bound
         if too_large(counts, self.relation):
             unsampled = all(isinstance(event, GaussianEvent) for event, _ in counts)
             return None, Fallback("exact: nothing is sampled", "closed form") if unsampled else None

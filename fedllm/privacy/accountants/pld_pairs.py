@@ -68,7 +68,8 @@ def loss_range(pair: Pair) -> tuple[float, float]:
 def discretize(pair: Pair, grid: float) -> tuple[Pmf, ...]:
     """The pessimistic distributions of P against Q and, unless it is the same, of Q against P. grid: > 0."""
     low, high = loss_range(pair)
-    first, last = math.floor(low / grid), math.ceil(high / grid)
+    first = math.floor(low / grid)
+    last = max(math.ceil(high / grid), first + 1)  # a range that rounds to one point still is a cell
     losses = np.arange(first, last + 1) * grid
     edges = _inverse_loss(pair, losses)
     p_cells, p_below, p_above = _masses(pair.upper, edges, pair.sigma)

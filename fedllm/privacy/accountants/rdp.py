@@ -34,9 +34,9 @@ from fedllm.privacy.events import (
     FreeEvent,
     GaussianEvent,
     PoissonGaussianEvent,
-    TruncatedPoissonGaussianEvent,
     relation_factor,
     truncation_probability,
+    without_cut,
 )
 
 Counts = tuple[tuple[Event, int], ...]
@@ -133,18 +133,6 @@ def _lattice(counts: Counts, relation: str, orders: tuple[float, ...] | None) ->
     return CumulantLattice(counts, relation, orders)
 
 
-def _without_cut(counts: Counts) -> tuple[Counts, float]:
-    """Truncated events as plain Poisson ones, and the delta that pays for it."""
-    plain: dict[Event, int] = {}
-    lost = 0.0
-    for event, count in counts:
-        if isinstance(event, TruncatedPoissonGaussianEvent):
-            lost += count * truncation_probability(event.population, event.sampling_rate, event.max_cohort)
-            event = PoissonGaussianEvent(event.noise_multiplier, event.sampling_rate)
-        plain[event] = plain.get(event, 0) + count
-    return tuple(plain.items()), lost
-
-
 class RdpAccountant(EventCounts):
     """Upper bounds for Gaussian (both relations), Poisson and truncated Poisson (add/remove) and fixed-size events
     (replace-one), with the improved conversion. Deltas as small as 1e-300, any epsilon.
@@ -223,17 +211,8 @@ class RdpAccountant(EventCounts):
 
     def _readings(self, counts: Counts) -> list[tuple[Counts, float]]:
         """(composition, delta that it costs beside): cuts paid out of delta, and if there are any, bounded in K."""
-        plain, lost = _without_cut(counts)
+        plain, lost = without_cut(counts)
         return [(plain, lost), (counts, 0.0)] if lost else [(plain, 0.0)]
-
-    def _costly(self) -> Counts:
-        """Events that cost something, in one canonical order, so that equal compositions agree to the last bit."""
-        kept = [
-            (event, count)
-            for event, count in self.counts.items()
-            if not isinstance(event, FreeEvent) and getattr(event, "sampling_rate", 1.0) > 0
-        ]
-        return tuple(sorted(kept, key=repr))
 
 
 class ClassicRdpAccountant(RdpAccountant):

@@ -15,12 +15,13 @@ _MAX_NODES = 20_000
 _MAX_WHOLE = 4096  # fixed-size cohorts: largest whole order that the theorem's sum is taken at
 _MAX_MOMENT = 256  # ... and largest moment that is integrated; above, the theorem's own cap 2 E[L^j] stands alone
 _SMALL = 1e-3
+_LEAST = 1e-300  # of K where there is any loss at all: squares underflow, and a bound of 0 would not be one
 _LARGE = 30.0  # logarithms and exponentials change places here
 
 
 def gaussian_cumulant(s: float, mu: float) -> float:
     """K(s) of the Gaussian mechanism, mu = sensitivity / sigma >= 0 (Mironov 2017, proposition 7)."""
-    return s * (1 + s) * mu * mu / 2
+    return max(s * (1 + s) * mu * mu / 2, _LEAST if mu else 0.0)
 
 
 def mixture_cumulant(*parts: tuple[float, float]) -> float:
@@ -51,7 +52,7 @@ def poisson_cumulant(s: float, mu: float, q: float) -> float:
     right = max(2.0, 1 + s) * mu + _TAIL
     if (right + _TAIL) / step > _MAX_NODES:
         return mixture_cumulant((1 - q, 0.0), (q, whole))
-    return _sampled_cumulant(s, mu, q, step, right)
+    return max(_sampled_cumulant(s, mu, q, step, right), _LEAST)
 
 
 def _sampled_cumulant(s: float, mu: float, q: float, step: float, right: float) -> float:
@@ -107,7 +108,8 @@ def _fixed_size_whole(alpha: int, mu: float, q: float) -> float:
     if alpha == 1:
         return 0.0
     j = np.arange(2, alpha + 1)
-    cap = math.log(2) + j * (j - 1) * mu * mu / 2
+    with np.errstate(over="ignore"):
+        cap = math.log(2) + j * (j - 1) * mu * mu / 2
     moments = []
     for order in range(2, min(alpha, _MAX_MOMENT) + 2, 2):
         moments.append(_log_even_moment(order, mu))

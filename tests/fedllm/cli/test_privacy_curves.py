@@ -53,6 +53,9 @@ def test_variance_by_formula_and_by_simulation(capsys):
         (["variance", "--m", "0", "--n", "4", "--r", "1", "--noise-a", "1", "--noise-b", "1"], "--m 0"),
         (["variance", "--m", "4", "--n", "4", "--r", "1", "--noise-a", "-1", "--noise-b", "1"], "--noise-a -1"),
         (["variance", "--m", "4", "--n", "4", "--r", "1", "--noise-a", "1", "--noise-b", "1", "--draws", "1"], "--draws 1"),
+        (["variance", "--m", "4", "--n", "4", "--r", "1", "--noise-a", "1e200", "--noise-b", "1"], "--noise-a 1e+200"),
+        (["variance", "--m", "10", "--n", "10", "--r", "100000000", "--noise-a", "1", "--noise-b", "1"], "--r 100000000"),
+        (["variance", "--m", "4096", "--n", "4096", "--r", "8", "--noise-a", "1", "--noise-b", "1"], "--draws 1000"),
         (["variance", "--m", "4"], "Missing option"),
     ],
 )

@@ -116,6 +116,30 @@ def test_where_the_library_has_no_figure(ask, capsys):
     assert "dp-accounting's own PLD says" in capsys.readouterr().out
 
 
+def test_the_library_is_not_asked_for_losses_that_would_take_it_minutes(ask):
+    found = ask("epsilon", "--noise-multiplier", "0.01", "--sampling-rate", "0.1", "--steps", "10", "--delta", "1e-5", "--check")
+    assert found["check"]["epsilon"] is None and found["answers"][0]["epsilon"] > 1000
+
+
+def test_no_more_steps_are_claimed_than_were_tried(ask, capsys):
+    budget = ["--noise-multiplier", "100", "--sampling-rate", "1e-8", "--epsilon", "9", "--delta", "0.5", "--accountant", "rdp"]
+    assert ask("epsilon", *budget)["answers"][0]["steps"] is None
+    assert cli.run(["privacy", "epsilon", *budget]) == 0
+    assert "quote: 1,000,000,000 or more steps by rdp" in capsys.readouterr().out
+
+
+def test_a_vacuous_end_of_an_interval_is_not_infinity_on_both_sides(capsys):
+    assert cli.run(["privacy", "epsilon", *EXAMPLE, "--epsilon", "1e300", "--accountant", "edgeworth_1"]) == 0
+    out = capsys.readouterr().out
+    assert "∞" not in out and " 0 to " in out
+
+
+def test_a_target_that_no_noise_reaches_names_the_flag(capsys):
+    target = ["--epsilon", "1e-6", "--delta", "1e-12", "--sampling-rate", "1", "--steps", "1000000"]
+    assert cli.run(["privacy", "calibrate", *target]) == 2
+    assert "--epsilon 1e-06: no noise multiplier up to 1e+06" in capsys.readouterr().err
+
+
 def test_tables(capsys):
     assert cli.run(["privacy", "epsilon", *EXAMPLE, "--delta", "1e-5", "--accountant", "all"]) == 0
     out = capsys.readouterr().out

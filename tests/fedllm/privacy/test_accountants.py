@@ -9,6 +9,7 @@ import pytest
 
 from fedllm.privacy import accountants
 from fedllm.privacy.accountants import UnsupportedEvent, gdp
+from fedllm.privacy.answers import BOUND, EXACT, UPPER
 from fedllm.privacy.events import (
     ADD_REMOVE,
     REPLACE_ONE,
@@ -47,6 +48,14 @@ def supported(name, relations=RELATIONS, events=EVENTS):
         for event, relation in itertools.product(events, relations)
         if accountants.create(name, relation).supports(event)
     ]
+
+
+EXTREMES = (
+    *(GaussianEvent(sigma) for sigma in (1e-300, 1e-155, 1e-20, 1e17, 1e100, 1e200)),
+    *(PoissonGaussianEvent(sigma, 0.1) for sigma in (1e-300, 1e-200, 1e-20, 1e17, 1e200)),
+    PoissonGaussianEvent(0.05, 1e-160),
+    PoissonGaussianEvent(1e100, 1 - 2**-53),
+)
 
 
 @pytest.mark.parametrize("name", accountants.names())
@@ -148,6 +157,7 @@ class TestEveryAccountant:
             (PoissonGaussianEvent(1.0, 0.01), 1000, 1e-12),
             (PoissonGaussianEvent(0.1, 1024 / 1e8), 10 * 97657, 1e-7),
             (GaussianEvent(0.01), 100, 1e-5),
+            *((event, count, 1e-6) for event in EXTREMES for count in (1, 10**6)),
         ):
             if not accountants.create(name).supports(event):
                 continue
@@ -159,6 +169,16 @@ class TestEveryAccountant:
             for at in (1e-3, 1e6):
                 value = accountants.create(name).compose(event, count).delta(at)
                 assert value.reason if value.delta is None else 0 <= value.delta <= 1
+
+    @pytest.mark.parametrize(("sigma", "rate"), [(1e-300, 0.1), (1e-200, 0.1), (1e-20, 1e-3), (1e-3, 1e-3)])
+    def test_no_bound_is_below_the_chance_of_being_seen(self, name, sigma, rate):
+        # With next to no noise a unit is seen whenever it is sampled.
+        accountant = accountants.create(name).compose(PoissonGaussianEvent(sigma, rate), 10)
+        seen = 1 - (1 - rate) ** 10
+        by_delta, by_epsilon = accountant.epsilon(seen / 2), accountant.delta(1.0)
+        if by_delta.kind == BOUND and by_delta.direction in (UPPER, EXACT):
+            assert by_delta.reason if by_delta.epsilon is None else by_delta.epsilon > 10
+            assert by_epsilon.delta > seen * (1 - 1e-9)
 
     def test_what_it_has_no_theorem_for_is_refused_with_the_reason(self, name):
         for event, relation in itertools.product(EVENTS, RELATIONS):

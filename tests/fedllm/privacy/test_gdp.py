@@ -64,6 +64,20 @@ class TestGdp:
             else:
                 assert excess(mpmath.mpf(0)) <= 0
 
+    @pytest.mark.parametrize("mu", [1e-12, 1e-9, 1e-7, 9e-6, 1.1e-5])
+    @pytest.mark.parametrize("z", [0.0, 0.3, 4.0])
+    def test_small_mu_keeps_its_digits(self, mu, z):
+        with mpmath.workdps(60):
+            m, e = mpmath.mpf(mu), mpmath.mpf(z * mu)
+            want = float(mpmath.ncdf(m / 2 - e / m) - mpmath.exp(e) * mpmath.ncdf(-m / 2 - e / m))
+        assert gdp.gdp_delta(mu, z * mu) == pytest.approx(want, rel=1e-9)
+
+    def test_large_mu_up_to_where_there_is_no_number(self):
+        assert gdp.gdp_epsilon(1.01e7, 1e-5) == pytest.approx(1.01e7**2 / 2 + 1.01e7 * 4.264890793922825, rel=1e-13)
+        assert epsilon("gdp", GaussianEvent(1e-20), 4, 0.5) == pytest.approx(2e40)
+        answer = accountants.create("gdp").compose(GaussianEvent(1e-200)).epsilon(1e-5)
+        assert answer.epsilon is None and answer.reason
+
     def test_composition(self):
         accountant = accountants.create("gdp")
         for sigma in (1.0, 2.0, 3.0):

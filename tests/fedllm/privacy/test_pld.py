@@ -251,31 +251,6 @@ class TestOracles:
         assert epsilon("pld_optimistic", event, 5, 1e-5) < epsilon("pld", PoissonGaussianEvent(2.0, 0.5), 5, 1e-5)
 
 
-class TestFallback:
-    @pytest.mark.parametrize("failure", [MemoryError("no room"), OverflowError("out of range")])
-    def test_a_failure_of_the_arithmetic_is_seen(self, monkeypatch, failure):
-        def fail(*_):
-            raise failure
-
-        event = PoissonGaussianEvent(1.0, 0.0123)
-        monkeypatch.setattr(pld, "curves_of", fail)
-        accountant = accountants.create("pld").compose(event, 100)
-        for answer in (accountant.epsilon(1e-5), accountant.delta(1.0)):
-            assert str(failure) in answer.reason and "rdp" in answer.reason
-            assert answer.conversion != accountant.conversion
-        assert accountant.epsilon(1e-5).epsilon == epsilon("rdp", event, 100, 1e-5)
-        pld.epsilon_of.cache_clear()
-
-    def test_without_a_renyi_bound_amplification_is_given_up(self):
-        answer = accountants.create("pld", REPLACE_ONE).compose(PoissonGaussianEvent(0.001, 0.1), 3).epsilon(1e-5)
-        assert "without amplification" in answer.reason
-        assert answer.epsilon == pytest.approx(gdp.gdp_epsilon(2000 * math.sqrt(3), 1e-5))
-
-    def test_a_lower_bound_that_cannot_be_had_is_not_made_up(self):
-        answer = accountants.create("pld_optimistic").compose(PoissonGaussianEvent(0.001, 0.1), 3).epsilon(1e-5)
-        assert answer.epsilon is None and "no lower bound" in answer.reason
-
-
 def test_a_curve_is_vectorised_and_exact():
     for name in ("pld", "pld_optimistic"):
         accountant = accountants.create(name).compose(PoissonGaussianEvent(1.0, 0.02), 500)

@@ -303,6 +303,18 @@ class TestBounds:
 
 
 @pytest.mark.parametrize("name", BOTH)
+def test_an_overflowing_cumulant_is_no_figure(name):
+    answer = accountants.create(name).compose(PoissonGaussianEvent(1e-200, 0.1), 10).epsilon(1e-5)
+    assert answer.epsilon is None and "overflow" in answer.reason
+    assert renyi.mixture_cumulant((0.9, 0.0), (0.1, math.inf)) == math.inf
+
+
+def test_an_underflowing_cumulant_is_not_nothing():
+    for event in (GaussianEvent(1e200), PoissonGaussianEvent(1.0, 1e-200), PoissonGaussianEvent(1e200, 0.1)):
+        assert 0 < accountants.create("rdp").compose(event).delta(0.0).delta < 1e-100
+
+
+@pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize(
     ("event", "relation", "why"),
     [
