@@ -18,7 +18,8 @@ from typing import Any
 
 from fedllm.privacy import accountants
 from fedllm.privacy.accountants.berry_esseen import normal_error
-from fedllm.privacy.accountants.expansion import Phase, expand, largest_value
+from fedllm.privacy.accountants.cumulants import Phase
+from fedllm.privacy.accountants.expansion import expand, largest_value
 from fedllm.privacy.calibration import calibrate
 from fedllm.privacy.events import PoissonGaussianEvent
 

@@ -34,8 +34,8 @@ class LinearCodec(Codec):
     ) -> Codec:
         """Principal subspace of the prior; for a diagonal prior the coordinates of largest variance.
 
-        Raises ValueError for fewer than `code_size` rows. Rows that span fewer directions than they are (a text that comes twice, an example
-        that the model has learnt, whose gradient is nearly zero) are no error: random directions of variance 0 stand in for the missing.
+        Raises ValueError for fewer than `code_size` rows. Rows that span fewer directions than they are (a text that comes twice, an
+        example that the model has learnt, whose gradient is nearly zero) are no error: random directions of variance 0 fill up the rest.
         """
         check_code_size(code_size, layout.size)
         prior = require_prior(prior, cls.name)

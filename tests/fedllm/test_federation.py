@@ -52,8 +52,8 @@ def test_a_run_writes_all_that_is_promised(tiny, configured, tmp_path, monkeypat
     assert header.keys() >= set(HEADER_KEYS) and all(entry.keys() >= set(ENTRY_KEYS) for entry in entries)
     assert [(entry["id"], entry["attempt"], entry["rng"]) for entry in entries] == [("stage2/round0", 1, "os"), ("stage2/round1", 1, "os")]
     assert adversaries.epsilon_release(header, entries).epsilon == epsilon["release"]["epsilon"]
-    assert scalars(folder).keys() >= {"public/accuracy", "public/loss", "epsilon/release", "epsilon/server", "epsilon/release_by_rdp", "bytes/up"}
-    assert scalars(folder).keys() >= {"bytes/down", "seconds/round"}
+    assert scalars(folder).keys() >= {"public/accuracy", "public/loss", "epsilon/release", "epsilon/server", "bytes/up", "bytes/down"}
+    assert "epsilon/release_by_rdp" in scalars(folder)
 
     trained = built[0].engine.model
     ids = torch.tensor([[5, 9, 2, 7], [1, 3, 3, 8]])

@@ -107,3 +107,20 @@ def _central(deviation, weights, mean: float, np) -> LossMoments:
     m2, m3, m4, m5 = (float(weights @ deviation**power) for power in range(2, ORDER + 1))
     cumulants = (mean, m2, m3, m4 - 3 * m2 * m2, m5 - 10 * m3 * m2)
     return LossMoments(cumulants, float(weights @ np.abs(deviation) ** 3))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`count` Gaussian sums of sensitivity/sigma = mu, sampled by Poisson at `rate` (1: not sampled, their loss is normal)."""
+
+    mu: float
+    rate: float
+    count: int
+
+    @property
+    def gaussian(self) -> bool:
+        return self.rate == 1
+
+    @property
+    def pair(self) -> LossPair:
+        return gaussian_loss(self.mu) if self.gaussian else poisson_gaussian(self.mu, self.rate)

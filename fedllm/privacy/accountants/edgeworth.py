@@ -14,7 +14,8 @@ import math
 from collections.abc import Sequence
 
 from fedllm.privacy.accountants import EventCounts, check_delta, check_epsilon
-from fedllm.privacy.accountants.expansion import INFINITY, OVERFLOW, Direction, Phase, certain_deltas, directions, epsilon_of
+from fedllm.privacy.accountants.cumulants import Phase
+from fedllm.privacy.accountants.expansion import INFINITY, OVERFLOW, Direction, certain_deltas, directions, epsilon_of
 from fedllm.privacy.answers import ESTIMATE, UNKNOWN, PrivacyAnswer
 from fedllm.privacy.events import (
     REPLACE_ONE,

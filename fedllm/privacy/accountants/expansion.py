@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedllm.privacy.accountants.berry_esseen import normal_error
-from fedllm.privacy.accountants.cumulants import ORDER, LossMoments, LossPair, gaussian_loss, poisson_gaussian
+from fedllm.privacy.accountants.cumulants import ORDER, LossMoments, Phase
 from fedllm.privacy.accountants.smoothing import smoothing_error
 
 REACH = 40.0  # standard deviations that are searched for roots: exp(-40^2/2) underflows
@@ -97,23 +97,6 @@ def largest_value(polynomial: Sequence[float]) -> float:
     derivative = np.trim_zeros(poly.polysub(poly.polyder(polynomial), poly.polymulx(polynomial)), "b")
     z = np.real(poly.polyroots(derivative))
     return float(np.max(np.abs(poly.polyval(z, polynomial)) * np.exp(-z * z / 2))) / math.sqrt(2 * math.pi)
-
-
-@dataclass(frozen=True)
-class Phase:
-    """`count` Gaussian sums of sensitivity/sigma = mu, sampled by Poisson at `rate` (1: not sampled, their loss is normal)."""
-
-    mu: float
-    rate: float
-    count: int
-
-    @property
-    def gaussian(self) -> bool:
-        return self.rate == 1
-
-    @property
-    def pair(self) -> LossPair:
-        return gaussian_loss(self.mu) if self.gaussian else poisson_gaussian(self.mu, self.rate)
 
 
 def expand(phases: Sequence[Phase], order: int, with_unit: bool, negated: bool) -> Expansion:

@@ -22,12 +22,10 @@ on a lattice), and what the quadrature over x cannot resolve is counted as wrong
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from fedllm.privacy.accountants.cumulants import NODES, loss_nodes
+from fedllm.privacy.accountants.cumulants import NODES, Phase, loss_nodes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from fedllm.privacy.accountants.expansion import Phase
 
 OMEGAS = (30.0, 100.0, 300.0, 1000.0)  # each gives a bound and the least counts: a small one where f hardly decays
 SAFETY = 1.05

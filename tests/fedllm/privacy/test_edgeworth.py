@@ -11,10 +11,9 @@ from scipy.stats import norm
 from fedllm.privacy import accountants
 from fedllm.privacy.accountants import UnsupportedEvent, gdp, smoothing
 from fedllm.privacy.accountants.berry_esseen import identical_error, normal_error
-from fedllm.privacy.accountants.cumulants import gaussian_loss, loss_nodes, poisson_gaussian
+from fedllm.privacy.accountants.cumulants import Phase, gaussian_loss, loss_nodes, poisson_gaussian
 from fedllm.privacy.accountants.edgeworth import EdgeworthAccountant
 from fedllm.privacy.accountants.expansion import (
-    Phase,
     certain_deltas,
     correction_polynomial,
     directions,
