@@ -134,6 +134,13 @@ def test_every_mode_runs_within_its_target(mode, configured, tmp_path, no_plot):
         assert clips[0] != clips[1] and 0.5 < clips[1] / clips[0] < 2
 
 
+def test_public_text_that_repeats_itself_stops_no_run(configured, tmp_path, no_plot):
+    """Its gradients span fewer directions than the code has numbers: the rest of the code is filled up."""
+    (tmp_path / "same.csv").write_text("text\n" + "the film\n" * 40)
+    results = run.train(configured("run", f"task.public={tmp_path / 'same.csv'}"))
+    assert results["rounds"] == 2 and results["code_size"] == 8
+
+
 @pytest.mark.parametrize("family", ["topk", "powersgd"])
 @pytest.mark.parametrize("feedback", ["false", "true"])
 def test_a_lossy_codec_trains_without_privacy(family, feedback, configured, tmp_path, no_plot):

@@ -94,9 +94,3 @@ def test_resuming_what_is_no_run(tmp_path, capfd):
     for folder in ("empty", "none"):
         assert cli.run(["resume", str(tmp_path / folder)]) == 2
         assert capfd.readouterr().err.count("\n") == 1
-
-
-def test_too_few_public_directions_is_one_line(command, tiny, tmp_path):
-    (tmp_path / "same.csv").write_text("text\n" + "the film\n" * 40)
-    status, err = command(f"task.public={tmp_path / 'same.csv'}")
-    assert status == 2 and "directions the prior's" in err.splitlines()[-1]
