@@ -19,7 +19,7 @@ _TINY = 1e-300
 _SMALL_MU = 1e-5  # below it a difference of Mills ratios has lost too many digits
 _LARGE_MU = 1e7  # above it epsilon/mu - mu/2 has
 _MAX_MU = 1e4  # up to here epsilon is computed to 12 digits
-NO_BOUND = "a limit theorem without an error bound: it under-reports where the steps are few or the noise is small"
+NO_BOUND = "a limit theorem without an error bound: it may under-report, most where the steps are few or the noise is small"
 
 
 def log_delta(mu: float, epsilon: float) -> float:
