@@ -36,17 +36,22 @@ def gradients(setting: Setting, config: Config, seed: int, number: int) -> Publi
 def clip_norm(rows: PublicGradients | None, encode: Callable[[Tensor], Tensor], config: Config, per_unit: int = 4) -> float:
     """The clip norm C: as configured, or the quantile of the norms of public pseudo-units' vectors.
 
-    A pseudo-unit is the mean of `per_unit` held-out gradients, as a private unit is the mean of its examples.
+    per_unit: examples of a typical unit.
     """
     norm = config.privacy.clip.norm
     if norm != "auto":
         return float(norm)
-    groups = rows.held_out.split(per_unit)
-    vectors = encode(torch.stack([group.mean(0) for group in groups if len(group) == min(per_unit, len(rows.held_out))]))
+    vectors = encode(pseudo_units(rows, per_unit))
     found = float(vectors.double().norm(dim=1).quantile(config.privacy.clip.quantile))
     if not 0 < found < float("inf"):
         raise UserError(f"privacy.clip.norm=auto: public gradients give {found}; expected a number in privacy.clip.norm")
     return found
+
+
+def pseudo_units(rows: PublicGradients, per_unit: int) -> Tensor:
+    """Means of `per_unit` held-out gradients each [units, n], as a private unit's update is the mean of its examples'."""
+    groups = rows.held_out.split(per_unit)
+    return torch.stack([group.mean(0) for group in groups if len(group) == min(per_unit, len(rows.held_out))])
 
 
 def warm_up(setting: Setting, config: Config, seed: int, optimizer: ServerOptimizer) -> None:
