@@ -90,7 +90,7 @@ def test_signals_that_leave_their_range_are_pulled_back():
         ((BASIS_ROWS, HELD_OUT, 0.1, 1, [], 1.0), "at least one candidate"),
         ((BASIS_ROWS, HELD_OUT, 0.1, 1, [0, 4], 1.0), "at least one candidate, all >= 1"),
         ((BASIS_ROWS, HELD_OUT, 0.1, 0, [4], 1.0), "rounds=0 >= 1"),
-        ((BASIS_ROWS, HELD_OUT[:0], 0.1, 1, [4], 1.0), "above 0, got 0 rows"),
+        ((BASIS_ROWS, HELD_OUT[:0], 0.1, 1, [4], 1.0), "above 0, got 0 rows of energy"),
         ((BASIS_ROWS, HELD_OUT, 0.1, 1, [4], 0.0), "signal_energy=0.0 above 0"),
         ((BASIS_ROWS[:10], HELD_OUT, 0.1, 1, [4, 11], 1.0), "code_size=11 <= 10"),
     ],
