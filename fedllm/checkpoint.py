@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dr_encoder.codecs import Codec, save
+from dr_encoder.codecs import Codec, load, save
 from fedllm.errors import UserError
 
 
@@ -85,6 +85,20 @@ class Checkpoints:
         path = self.codec_path(fingerprint)
         if not path.exists():
             write_whole(path, lambda part: save(codec, part))
+
+    def load_codec(self, fingerprint: str) -> Codec:
+        """Inverse of `save_codec`.
+
+        Raises UserError for a file that is missing or holds another codec.
+        """
+        path = self.codec_path(fingerprint)
+        try:
+            codec = load(path)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            codec = None
+        if codec is None or codec.fingerprint() != fingerprint:
+            raise UserError(f"{path}: damaged codec; the ledger stands, the run cannot be continued")
+        return codec
 
     def codec_path(self, fingerprint: str) -> Path:
         return self.folder / f"codec-{fingerprint}.safetensors"

@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from dr_encoder import codecs
 from dr_encoder.codecs import Codec
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import GaussianPrior
 from dr_encoder.sizing import code_size_auto
-from fedllm import public
+from fedllm import priors, public
 from fedllm.errors import RunStopped, UserError
 from fedllm.schema import Config
 
 MOST_AUTO = 16_384  # longest code that `code_size: auto` considers
 SIGNAL_SHARE = 0.01  # of a unit's energy is taken to be the mean update's; .013 was measured on SmolLM2 after some rounds, more before
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """What the server tells of a codec: with the model as broadcast and the public text, all that a client's own fit needs.
+
+    codec: fingerprint of the server's fit; round: whose public gradients it was fitted on; size, noise_std: as for `fit_codec`;
+    seed: the run's public seed.
+    """
+
+    codec: str
+    round: int
+    size: int | None
+    noise_std: float
+    seed: int
+
+
+def client_fit(config: Config, layout: AdapterLayout, rows: public.PublicGradients | None, announced: Announcement) -> Codec:
+    """A client's own fit of the announced codec. `rows`: public gradients of that round; no private data is touched.
+
+    Raises as `fit_codec` does.
+    """
+    seed = announced.seed + announced.round
+    prior = None if rows is None else priors.of_config(config.codec, priors.Given(layout, rows.fit, priors.Released(), seed))
+    return fit_codec(config, layout, prior, announced.size, announced.noise_std, seed)
 
 
 def fit_codec(config: Config, layout: AdapterLayout, prior: GaussianPrior | None, size: int | None, noise_std: float, seed: int) -> Codec:

@@ -122,7 +122,7 @@ def notes(runs: Mapping[str, Results]) -> list[str]:
                 found[f"ε {adversary}: {epsilon_meaning(results['epsilon'], adversary)}."] = None
     return [
         *found,
-        "bytes: per client and round, the whole message up, the new adapter down.",
+        "bytes: per client and round, the whole message up; down the new adapter, and the codec where its copy travels.",
         "overhead: codec, privacy, messages and server, of the time without setup and evaluation.",
     ]
 

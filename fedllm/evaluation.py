@@ -68,9 +68,14 @@ def message_bytes(spec: PrivateSum) -> int:
     return len(pack(spec.header(spec.clients - 1), np.zeros(spec.size, dtype)))
 
 
-def adapter_bytes(adapter: Tensor) -> int:
-    """Size of the new adapter as the server broadcasts it: safetensors, float32."""
-    return len(save({"adapter": adapter.contiguous()}))
+def downlink_bytes(adapter: Tensor, codec_bytes: int, unit: str, refitted: bool) -> int:
+    """What a client that takes part in a round downloads: the new adapter (safetensors, float32), and the codec it has not got.
+
+    codec_bytes: of the codec's file where clients take the server's copy, else 0; refitted: whether it is new in this round.
+    """
+    # Convention. A client that is the unit takes part rarely (rate x refresh << 1), so every participation fetches the codec in force;
+    # with units inside the clients every client takes part in every round, and fetches it once.
+    return len(save({"adapter": adapter.contiguous()})) + (codec_bytes if unit == "client" or refitted else 0)
 
 
 def evaluate_run(run_dir: str | Path, phase: Phase) -> dict[str, Any]:

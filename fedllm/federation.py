@@ -15,15 +15,16 @@ from typing import Any
 
 from torch import Tensor
 
-from dr_encoder import codecs, moments
+from dr_encoder import moments
 from dr_encoder.codecs import Codec
 from dr_encoder.priors import GaussianPrior, factor_rms, from_moments
-from fedllm import evaluation, priors, public
+from fedllm import evaluation, priors, public, records
 from fedllm.checkpoint import Checkpoints
-from fedllm.codec_fit import choose_size, fit_codec
+from fedllm.client import Encode
+from fedllm.codec_fit import Announcement, choose_size, fit_codec
 from fedllm.errors import RunStopped
 from fedllm.monitor import Monitor
-from fedllm.privacy import adversaries, guard
+from fedllm.privacy import guard
 from fedllm.privacy.calibration import update_multiplier
 from fedllm.privacy.clipping import next_clip, noisy_fraction
 from fedllm.privacy.events import sum_multiplier
@@ -48,6 +49,7 @@ class Progress:
     clip: float | None = None
     codec: str | None = None  # fingerprint
     code_size: int | None = None  # where it was chosen here
+    codec_download: int = 0  # bytes of the codec for a client that has not got it; 0 where clients fitted their own
     prior: str = "none"
     before: dict[str, float | None] = dataclasses.field(default_factory=dict)
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -80,6 +82,7 @@ class Federation:
         self.moments: Tensor | None = None
         self.released = priors.Released()
         self.progress = Progress()
+        self.warned = False  # of clients whose codec differs
 
     # -- the run -----------------------------------------------------------------------------------------------------------------
 
@@ -148,7 +151,7 @@ class Federation:
         """One round; False where the budget does not allow it."""
         fed, begun = self.config.federation, time.perf_counter()
         number = self.progress.rounds
-        if self.config.codec.prior != "moments" and (self.codec is None or self.due(number)):
+        if self.config.codec.prior != "moments" and self.due(number):
             with self.watch.phase("local_training"), self.monitor.phase(f"round {number + 1}: public gradients"):
                 rows = public.gradients(self.setting, self.config, self.public_seed, number)
             self.fit(self.prior(rows), rows)
@@ -158,7 +161,7 @@ class Federation:
             self.monitor.say(f"stopped: {self.progress.stopped}; round {number + 1} would exceed the target")
             return False
         with self.monitor.phase(f"round {number + 1} of {fed.rounds}: local training"):
-            mean = self.private_mean(spec, self.codec.encode)
+            mean = self.private_mean(spec)
         code = update = mean
         if not spec.each:
             code = self.adapt_clip(mean, spec)
@@ -178,8 +181,11 @@ class Federation:
 
     # -- parts of a round ----------------------------------------------------------------------------------------------------------
 
-    def private_mean(self, spec: PrivateSum, encode) -> Tensor:
-        """One private sum over the clients: ledger, then cohort, messages, noise; the noisy mean [size], or of decoded messages [n]."""
+    def private_mean(self, spec: PrivateSum, encode: Encode | None = None) -> Tensor:
+        """One private sum over the clients: ledger, then cohort, messages, noise; the noisy mean [size], or of decoded messages [n].
+
+        encode: None for the codec's.
+        """
         with self.watch.phase("privacy"):
             self.ledger.append(spec.ledger_entry(self.noise.rng))
         with self.watch.phase("server"):
@@ -196,12 +202,11 @@ class Federation:
 
     def prior(self, rows: public.PublicGradients | None) -> GaussianPrior | None:
         """What the codec is fitted on: `codec.prior`, of public gradients and what has been released so far."""
-        settings = self.config.codec
-        if rows is None or settings.prior == "none":
+        if rows is None:
             return None
         with self.watch.phase("codec"):
             given = priors.Given(self.engine.layout, rows.fit, self.released, self.public_seed + self.progress.rounds)
-            return priors.build(settings.prior, settings.weights, given)
+            return priors.of_config(self.config.codec, given)
 
     def fit(self, prior: GaussianPrior | None, rows: public.PublicGradients | None) -> None:
         """Fit the codec to a prior, and take the clip norm from held-out public gradients."""
@@ -216,7 +221,6 @@ class Federation:
                 size = self.progress.code_size
             self.codec = fit_codec(self.config, layout, prior, size, noise_std, seed)
             self.progress.codec = self.codec.fingerprint()
-            self.transport.refit(self.codec)
             self.progress.prior = f"{prior.name}:{prior.fingerprint()}" if prior is not None else "none"
             first = self.progress.clip is None
             if self.config.privacy.enabled and (first or self.config.privacy.clip.mode == "fixed"):
@@ -225,6 +229,15 @@ class Federation:
                     rows, (lambda updates: updates) if whole else self.codec.encode, self.config, self.unit_examples
                 )
             self.checkpoints.save_codec(self.codec, self.progress.codec)
+            self.hand_over(Announcement(self.progress.codec, self.progress.rounds, size, noise_std, self.public_seed), rows)
+
+    def hand_over(self, announced: Announcement, rows: public.PublicGradients | None) -> None:
+        """Clients take the codec over; what that costs them is counted."""
+        fetched = self.transport.refit(announced, lambda: self.codec, rows)
+        self.progress.codec_download = self.checkpoints.codec_path(announced.codec).stat().st_size if fetched else 0
+        if fetched and self.config.codec.fit_at == "client" and not self.warned:
+            self.monitor.say("warning: the codec that clients fitted is not the server's; they fetch its copy, which counts as downlink")
+            self.warned = True
 
     def adapt_clip(self, mean: Tensor, spec: PrivateSum) -> Tensor:
         """The code part of a mean; with an adaptive clip the bit's noisy mean moves the next round's clip norm."""
@@ -310,9 +323,9 @@ class Federation:
         return public_seed(self.run_id, self.config)
 
     def due(self, number: int) -> bool:
-        """Whether the codec is refitted before this round."""
-        refresh = self.config.codec.refresh
-        return refresh > 0 and number % refresh == 0
+        """Whether this round has a new codec."""
+        codec = self.config.codec
+        return number == 0 or (codec.prior != "moments" and codec.refresh > 0 and number % codec.refresh == 0)
 
     def allowed(self, spec: PrivateSum) -> bool:
         """Whether the target still holds after this release."""
@@ -330,27 +343,18 @@ class Federation:
         if not evaluation.finite(looked):
             raise RunStopped(f"round {self.progress.rounds}: the public loss is not finite; the state after round {spec.round} is kept")
         with self.watch.phase("privacy"):
-            release = adversaries.epsilon_release(self.ledger.header, self.ledger.entries)
-            server = adversaries.epsilon_server(self.ledger.header, self.ledger.entries)
-            others = {
-                name: adversaries.epsilon_release(self.ledger.header, self.ledger.entries, name).epsilon for name in adversaries.CURVES[1:]
+            entry = {
+                "round": self.progress.rounds,
+                "accuracy": looked.accuracy,
+                "loss": looked.loss,
+                **records.epsilons(self.ledger),
+                **records.noise(spec, code),
+                "uplink_bytes_per_client": evaluation.message_bytes(spec),
+                "downlink_bytes_per_client": evaluation.downlink_bytes(
+                    self.engine.adapter(), self.progress.codec_download, spec.unit, self.due(spec.round)
+                ),
+                "seconds": round(time.perf_counter() - begun, 3),
             }
-        norm, noise = float(code.norm()), spec.mean_std * len(code) ** 0.5
-        signal = 0.0 if spec.each else max(norm**2 - noise**2, 0.0) ** 0.5  # decoding one by one leaves no noise of known size
-        entry = {
-            "round": self.progress.rounds,
-            "accuracy": looked.accuracy,
-            "loss": looked.loss,
-            "epsilon_release": release.epsilon,
-            "epsilon_server": server.epsilon,
-            "epsilon_release_by": others,
-            "noise_to_signal": noise / signal if signal > 0 else None,
-            "aggregate_norm": norm,
-            "clip": spec.clip if spec.private else None,
-            "uplink_bytes_per_client": evaluation.message_bytes(spec),
-            "downlink_bytes_per_client": evaluation.adapter_bytes(self.engine.adapter()),
-            "seconds": round(time.perf_counter() - begun, 3),
-        }
         self.progress.history.append(entry)
         self.monitor.round(entry)
 
@@ -380,7 +384,7 @@ class Federation:
         self.moments = tensors.get("moments")
         self.released = priors.Released.from_state(tensors)
         if self.progress.codec is not None:
-            self.codec = codecs.load(self.checkpoints.codec_path(self.progress.codec))
+            self.codec = self.checkpoints.load_codec(self.progress.codec)
             self.transport.restore(self.codec, tensors)
 
 

@@ -92,6 +92,7 @@ def check_combination(config: Config) -> None:
     codec, privacy, fed = config.codec, config.privacy, config.federation
     one_of("codec.family", codec.family, tuple(PRIORS_OF))
     check_prior(config)
+    check_fit_at(config)
     if codec.family in FIXED_SIZE:
         if codec.code_size is not None:
             raise UserError(f"codec.code_size={codec.code_size}: expected null with codec.family={codec.family}, which fixes it")
@@ -157,6 +158,19 @@ def check_prior(config: Config) -> None:
         raise UserError(f"codec.weights={codec.weights}: expected {len(names)} numbers >= 0, one a part of codec.prior={codec.prior}")
     if codec.weights is not None and codec.weights[0] == 0:
         raise UserError(f"codec.weights={codec.weights}: expected the first, of public gradients, above 0")
+
+
+def check_fit_at(config: Config) -> None:
+    """Raise UserError where clients would have to fit a codec to what they do not hold."""
+    codec = config.codec
+    one_of("codec.fit_at", codec.fit_at, ("server", "client"))
+    if codec.fit_at == "client" and codec.prior == "moments":
+        raise UserError("codec.fit_at=client: expected server with codec.prior=moments; clients do not hold the noisy moments of stage 1")
+    if codec.fit_at == "client" and "released" in codec.prior.split("+"):
+        raise UserError(
+            f"codec.fit_at=client: expected server with codec.prior={codec.prior}; a client would need every code released so far "
+            "and the codec that each was decoded with"
+        )
 
 
 def fit_rows(public_examples: int) -> int:

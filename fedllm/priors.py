@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import GaussianPrior, from_public_gradients, from_released, mixture, random_directions
+from fedllm.schema import CodecConfig
 
 RANDOM_ROWS = 16
 MOST_RELEASED = 20  # rounds that are remembered
@@ -77,6 +78,11 @@ ROW_PRIORS: dict[str, tuple[Callable[[Given], GaussianPrior | None], float]] = {
     "released": (_released, 1.0),
     "random": (_random, 0.05),
 }
+
+
+def of_config(codec: CodecConfig, given: Given) -> GaussianPrior | None:
+    """What the config's codec is fitted on, or None for a family that needs no prior."""
+    return None if codec.prior == "none" else build(codec.prior, codec.weights, given)
 
 
 def build(name: str, weights: list[float] | None, given: Given) -> GaussianPrior:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fedllm import evaluation
@@ -252,8 +253,8 @@ def gather(
     """What results.json holds: see the contract in the README."""
     header, entries = federation.ledger.header, federation.ledger.entries
     update_bytes = 4 * setting.engine.layout.size
-    last = progress.history[-1]
-    message = last.get("uplink_bytes_per_client")
+    rounds = progress.history[1:]
+    message = progress.history[-1].get("uplink_bytes_per_client")
     codec_file = federation.checkpoints.codec_path(progress.codec or "")
     return {
         "method": config.method,
@@ -275,7 +276,7 @@ def gather(
             "server": adversaries.epsilon_server(header, entries).as_json(),
         },
         "uplink_bytes_per_client_round": message,
-        "downlink_bytes_per_client_round": last.get("downlink_bytes_per_client"),
+        "downlink_bytes_per_client_round": round(fmean(each["downlink_bytes_per_client"] for each in rounds)) if rounds else None,
         "update_bytes": update_bytes,
         "compression_ratio": update_bytes / message if message else None,
         "codec_bytes": codec_file.stat().st_size if codec_file.exists() else 0,

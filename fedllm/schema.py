@@ -82,6 +82,7 @@ class CodecConfig:
     weights: list[float] | None = None  # of the prior's parts: shares of its second moment
     code_size: Any = 128  # a number, auto (from a held-out public spectrum), or null: what the family fixes (identity, autoencoder)
     refresh: int = 3  # refit every this many rounds (prior: public); 0: never
+    fit_at: str = "server"  # server: clients fetch the codec | client: they fit their own, and fetch it only where fingerprints differ
     decode: str = "mean"  # mean: once, the mean code | each: every message, then the mean (noise: local, or no privacy)
     bits: int = 16  # 8 | 16 | 32 (float32, not quantized)
     public_examples: int = 160  # public gradients at each fit; a fifth is held out for the clip norm

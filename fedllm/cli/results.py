@@ -77,10 +77,14 @@ def _traffic(results: Mapping[str, Any]) -> list[Row]:
             bytes_text(results["uplink_bytes_per_client_round"]),
             f"per client and round, whole message, {numbers}",
         ),
-        ("bytes down", bytes_text(results["downlink_bytes_per_client_round"]), "per client and round"),
+        (
+            "bytes down",
+            bytes_text(results["downlink_bytes_per_client_round"]),
+            "per client and round, the adapter, and the codec where its copy travels",
+        ),
         ("raw update", bytes_text(results["update_bytes"]), "the same update as float32"),
         ("compression", times_text(results["compression_ratio"]), "raw update / message"),
-        ("codec", bytes_text(results.get("codec_bytes")), "the server's copy; any party can fit its own"),
+        ("codec", bytes_text(results.get("codec_bytes")), "the server's copy; clients can fit their own: codec.fit_at"),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -11,42 +11,65 @@ from torch import Tensor
 from dr_encoder.codecs import Codec
 from dr_encoder.feedback import ErrorFeedback
 from fedllm.client import Encode, message, unit_vectors
+from fedllm.codec_fit import Announcement, client_fit
 from fedllm.privacy.noise import Noise
+from fedllm.public import PublicGradients
 from fedllm.release import PrivateSum
 from fedllm.schema import Config
 from fedllm.setting import Setting
 from fedllm.stopwatch import Stopwatch
-from fedllm.transports import register
+from fedllm.transports import expect_codec, register
 
 RESIDUAL = "residual."
 
 
 @register("simulation")
 class Simulation:
-    """Holds the clients' data and their noise source; what leaves it are messages only."""
+    """Holds the clients' data, their noise source and their codec; what leaves it are messages only.
+
+    The clients are one machine: what all of them would compute alike, the codec, is computed once.
+    """
 
     def __init__(self, setting: Setting, config: Config, noise: Noise, watch: Stopwatch):
-        self.setting, self.local, self.noise, self.watch = setting, config.federation.local, noise, watch
+        self.setting, self.config, self.local, self.noise, self.watch = setting, config, config.federation.local, noise, watch
         self.with_feedback = config.codec.error_feedback
         self.feedback: ErrorFeedback | None = None
+        self.codec: Codec | None = None
+        self.held = "none"  # its fingerprint
 
-    def refit(self, codec: Codec) -> None:
-        """Take over the codec of the rounds to come; clients that keep what a code dropped go on keeping it."""
+    def refit(self, announced: Announcement, copy: Callable[[], Codec], rows: PublicGradients | None) -> bool:
+        """Take over the codec of the rounds to come; whether it is the server's copy. What a code dropped is kept across codecs.
+
+        With `fit_at: client` this is a second fit, from the prior on. The public gradients are the server's: same process, model and text.
+        """
+        self.codec, fetched = None, self.config.codec.fit_at == "server"
+        if not fetched:
+            self.codec = client_fit(self.config, self.setting.engine.layout, rows, announced)
+            fetched = self.codec.fingerprint() != announced.codec
+        if fetched:
+            self.codec = copy()
+            expect_codec(self.codec.fingerprint(), announced.codec)
+        self.held = announced.codec
         if self.with_feedback:
-            self.feedback = ErrorFeedback(codec, {} if self.feedback is None else self.feedback.residuals)
+            self.feedback = ErrorFeedback(self.codec, {} if self.feedback is None else self.feedback.residuals)
+        return fetched
 
     def state(self) -> dict[str, Tensor]:
         """What clients remember from round to round, as named tensors for a checkpoint; nothing under privacy."""
         return {} if self.feedback is None else {RESIDUAL + client: kept for client, kept in self.feedback.state().items()}
 
     def restore(self, codec: Codec, tensors: dict[str, Tensor]) -> None:
-        """Inverse of `state`."""
+        """Inverse of `state`; the codec's file serves both sides, whoever fitted it."""
+        self.codec, self.held = codec, codec.fingerprint()
         if self.with_feedback:
             kept = {name.removeprefix(RESIDUAL): value for name, value in tensors.items() if name.startswith(RESIDUAL)}
             self.feedback = ErrorFeedback.from_state(codec, kept)
 
-    def messages(self, spec: PrivateSum, encode: Encode) -> Iterator[bytes]:
+    def messages(self, spec: PrivateSum, encode: Encode | None = None) -> Iterator[bytes]:
         """Messages of the clients that take part in this round."""
+        if encode is None:
+            expect_codec(self.held, spec.codec)
+            encode = self.codec.encode
         vectors = self._of_clients(spec, encode) if spec.unit == "client" else self._of_users(spec, encode)
         for client, vector in vectors:
             with self.watch.phase("messages"):

@@ -7,6 +7,7 @@ AUTOENCODER = ["codec.family=autoencoder", "codec.code_size=null"]
 USERS = ["privacy.unit=user", "task.columns.user=user", "federation.unit_sampling_rate=0.5", "federation.clients=4"]
 LOSSY = ["privacy.enabled=false", "codec.error_feedback=true"]
 SETTINGS = {
+    "client fit": ["seed=5", "codec.fit_at=client", "codec.refresh=2", "federation.rounds=3"],
     "mixture": ["seed=5", "codec.prior=public+released+random", "codec.refresh=1", "federation.rounds=3"],
     "feedback": ["seed=5", "codec.family=topk", "codec.code_size=60", *LOSSY, "federation.rounds=3"],
     "public": ["seed=5", "codec.refresh=2", "federation.rounds=3"],

@@ -170,7 +170,7 @@ def test_the_schema_is_checked_to_the_bottom():
 NAMES = {
     "model.dtype": "float31", "task.kind": "lables", "lora.train": "a", "federation.partition.kind": "idd",
     "federation.server.optimizer": "adm", "federation.transport": "simulate", "codec.bits": "12", "codec.family": "linaer",
-    "codec.prior": "publik", "privacy.unit": "clients", "privacy.noise": "centrl", "privacy.noise_in": "codes",
+    "codec.prior": "publik", "codec.fit_at": "clients", "privacy.unit": "clients", "privacy.noise": "centrl", "privacy.noise_in": "codes",
     "privacy.clip.mode": "fix", "privacy.target.adversary": "servr", "engine.name": "torche", "parallel.mode": "non", "method": "dr_encodr",
 }  # fmt: skip
 
@@ -215,6 +215,8 @@ COMBINATIONS = [
     (["codec.code_size=129"], "codec.code_size=129: expected at most 128"),
     (["codec.family=autoencoder", "codec.code_size=null", "privacy.noise_in=update"], "privacy.noise_in=update: expected code"),
     (["codec.prior=public+moments"], "codec.prior=public+moments: expected one of"),
+    (["codec.fit_at=client", "codec.prior=moments"], "codec.fit_at=client: expected server with codec.prior=moments"),
+    (["codec.fit_at=client", "codec.prior=public+released"], "codec.fit_at=client: expected server with codec.prior=public+released"),
     (["codec.prior=released"], "codec.prior=released: expected one of"),
     (["codec.prior=public+released", "codec.weights=[1]"], "codec.weights=[1.0]: expected 2 numbers"),
     (["codec.family=chain", "codec.prior=moments"], "codec.prior=moments: expected one of"),
@@ -255,6 +257,7 @@ def test_what_makes_sense_is_not_refused(empty):
     load_config(empty, ["method=full_noise", "task.public=null", "privacy.clip.norm=1"])
     load_config(empty, ["method=fedit", "task.public=null"])
     load_config(empty, [*USER, "privacy.noise=central", "codec.bits=32"])
+    load_config(empty, ["codec.fit_at=client", "codec.prior=public+random"])
     load_config(empty, ["federation.expected_cohort=2000", "federation.max_cohort=2000"])
     load_config(empty, ["privacy.target.delta=0.01"])  # above 1/clients: a warning when it runs, no refusal
 
