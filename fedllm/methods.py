@@ -58,10 +58,10 @@ PRIORS_OF = {
     "coordinate": (ROWS, "moments"),
     "chain": (ROWS,),
     "autoencoder": ("moments", ROWS),
-    "sketch": ("public", "none"),
-    "identity": ("public", "none"),
-    "topk": ("public", "none"),
-    "powersgd": ("public", "none"),
+    "sketch": ("none",),
+    "identity": ("none",),
+    "topk": ("none",),
+    "powersgd": ("none",),
 }
 FIXED_SIZE = ("autoencoder", "identity")  # families that fix the code's size
 FREE_OF_PRIOR = ("sketch", "identity", "topk", "powersgd")
@@ -81,7 +81,7 @@ def apply_method(config: Config) -> Config:
     if not config.privacy.enabled:
         config.codec.bits = 32  # without a clip there is no public range to lay a lattice over
     if config.codec.family in FREE_OF_PRIOR:
-        config.codec.prior = "none" if config.task.public is None else "public"
+        config.codec.prior = "none"
     if config.codec.family in NOT_SUMMABLE:
         config.codec.decode = "each"
     return config

@@ -25,11 +25,15 @@ class PublicGradients:
 
 
 def gradients(setting: Setting, config: Config, seed: int, number: int) -> PublicGradients | None:
-    """Updates of public examples at the model as it stands; which ones follows from the seed and the round. None without public text."""
+    """Updates of public examples at the model as it stands; which ones follows from the seed and the round. None without public text.
+
+    Without a prior to fit (codec.prior: none) those for the clip norm alone are computed.
+    """
     if setting.public is None:
         return None
-    rows = _updates(setting, config, [seed, 2, number])
-    held_out = held_out_rows(len(rows))
+    held_out = held_out_rows(config.codec.public_examples)
+    wanted = held_out if config.codec.prior == "none" else config.codec.public_examples
+    rows = _updates(setting, config, [seed, 2, number], wanted)
     return PublicGradients(rows[held_out:], rows[:held_out])
 
 
@@ -57,12 +61,12 @@ def pseudo_units(rows: PublicGradients, per_unit: int) -> Tensor:
 def warm_up(setting: Setting, config: Config, seed: int, optimizer: ServerOptimizer) -> None:
     """A few server steps along public gradients; the adapter is loaded afterwards."""
     for step in range(config.codec.warmup_public_steps):
-        mean = _updates(setting, config, [seed, 3, step]).mean(0)
+        mean = _updates(setting, config, [seed, 3, step], config.codec.public_examples).mean(0)
         setting.engine.load(optimizer.step(mean))
 
 
-def _updates(setting: Setting, config: Config, key: list[int]) -> Tensor:
-    chosen = np.random.default_rng(key).permutation(len(setting.public))[: config.codec.public_examples]
+def _updates(setting: Setting, config: Config, key: list[int], count: int) -> Tensor:
+    chosen = np.random.default_rng(key).permutation(len(setting.public))[:count]
     local = config.federation.local
     rows = setting.engine.updates(setting.public, [np.array([i]) for i in chosen], local.steps, local.lr)
     return torch.cat([updates for _, updates in rows])
