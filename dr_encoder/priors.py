@@ -21,6 +21,7 @@ from dr_encoder.layout import AdapterLayout
 
 STAGE_1 = "stage 1 (in the ledger)"
 PUBLIC = "none: public text"
+GENERATED = "none: text that the base model wrote"
 RELEASED = "none: post-processing of released codes"
 RANDOM = "none: random numbers of a public seed"
 
@@ -29,7 +30,7 @@ RANDOM = "none: random numbers of a public seed"
 class GaussianPrior:
     """A Gaussian over updates in R^n.
 
-    name: where it came from, for the ledger ('moments', 'public', 'released', 'random', or several joined by '+').
+    name: where it came from, for the ledger ('moments', 'public', 'generated', 'released', 'random', or several joined by '+').
     mean, std: per factor, float32 [L]; `std` is the root mean square deviation of one coordinate.
     rows: [count, n] or None; with rows the second moment is rows^T rows / count and mean, std only describe scale.
     cost: what it costs in privacy, and why.
@@ -77,12 +78,13 @@ def from_moments(layout: AdapterLayout, mean: Tensor, std: Tensor) -> GaussianPr
     return GaussianPrior("moments", layout, mean.float(), std.float(), cost=STAGE_1)
 
 
-def from_public_gradients(layout: AdapterLayout, rows: Tensor) -> GaussianPrior:
-    """Prior with the second moment of public gradients [count, n]. Costs nothing.
+def from_public_gradients(layout: AdapterLayout, rows: Tensor, generated: bool = False) -> GaussianPrior:
+    """Prior with the second moment of public gradients [count, n]; generated: of text that the base model wrote. Costs nothing.
 
     Raises ValueError for non-finite or all-zero rows.
     """
-    return from_rows("public", layout, rows, PUBLIC, "public gradients")
+    name, cost = ("generated", GENERATED) if generated else ("public", PUBLIC)
+    return from_rows(name, layout, rows, cost, "public gradients")
 
 
 def from_released(

@@ -91,6 +91,8 @@ def check(config: Config) -> None:
     in_range("task.eval_examples", task.eval_examples, 1)
     in_range("task.monitor_examples", task.monitor_examples, 1)
     in_range("task.max_length", task.max_length, 8)
+    in_range("task.generate.count", task.generate.count, 1)
+    in_range("task.generate.max_new_tokens", task.generate.max_new_tokens, 1)
     in_range("engine.batch_tokens", config.engine.batch_tokens, 64)
     in_range("codec.refresh", codec.refresh, 0)
     in_range("codec.public_examples", codec.public_examples, 5)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,11 @@ from torch import Tensor
 from dr_encoder.message import pack
 from fedllm.config import load_config
 from fedllm.errors import UserError
+from fedllm.monitor import Phase
 from fedllm.release import PrivateSum
 from fedllm.schema import Config
 from fedllm.setting import Setting, build
 from fedllm.training.engine import Encoded, Evaluation
-
-Phase = Callable[..., AbstractContextManager[Callable[[int], None]]]  # Monitor.phase: (text, total) -> context of advance(count)
 
 
 def parts(setting: Setting, config: Config) -> tuple[Encoded, Encoded | None]:
@@ -89,7 +86,7 @@ def evaluate_run(run_dir: str | Path, phase: Phase) -> dict[str, Any]:
             raise UserError(f"{run_dir}: has no {needed}; expected the folder of a finished run (`fedllm resume` finishes one)")
     config = load_config(run_dir / "config.yaml")
     saved = json.loads((run_dir / "results.json").read_text())
-    setting = build(config, 0, adapter=run_dir / "adapter")
+    setting = build(config, 0, adapter=run_dir / "adapter", phase=phase)
     whole, _ = look(setting, config, phase, "evaluating the saved adapter")
     return {
         "loss": whole.loss,

@@ -205,8 +205,8 @@ class Federation:
         if rows is None:
             return None
         with self.watch.phase("codec"):
-            given = priors.Given(self.engine.layout, rows.fit, self.released, self.public_seed + self.progress.rounds)
-            return priors.of_config(self.config.codec, given)
+            seed = self.public_seed + self.progress.rounds
+            return priors.of_config(self.config, self.engine.layout, rows.fit, self.released, seed)
 
     def fit(self, prior: GaussianPrior | None, rows: public.PublicGradients | None) -> None:
         """Fit the codec to a prior, and take the clip norm from held-out public gradients."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedllm.errors import UserError
-from fedllm.schema import Config
+from fedllm.schema import GENERATED, Config
 from fedllm.validate import one_of
 
 
@@ -93,6 +93,7 @@ def check_combination(config: Config) -> None:
     one_of("codec.family", codec.family, tuple(PRIORS_OF))
     check_prior(config)
     check_fit_at(config)
+    check_public(config)
     if codec.family in FIXED_SIZE:
         if codec.code_size is not None:
             raise UserError(f"codec.code_size={codec.code_size}: expected null with codec.family={codec.family}, which fixes it")
@@ -171,6 +172,17 @@ def check_fit_at(config: Config) -> None:
             f"codec.fit_at=client: expected server with codec.prior={codec.prior}; a client would need every code released so far "
             "and the codec that each was decoded with"
         )
+
+
+def check_public(config: Config) -> None:
+    """Raise UserError for public text that the model cannot write, or too little of it."""
+    task, needed = config.task, config.codec.public_examples
+    if task.public != GENERATED:
+        return
+    if task.kind == "classify":
+        raise UserError(f"task.public={GENERATED}: expected a source of text with task.kind=classify, whose model writes none")
+    if task.generate.count < needed:
+        raise UserError(f"task.generate.count={task.generate.count}: expected at least codec.public_examples={needed}")
 
 
 def fit_rows(public_examples: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ PLAIN_EVERY = 20.0  # seconds between two plain lines of one phase
 PLOT_NAME = "rounds.png"
 
 Advance = Callable[[int], None]
+Phase = Callable[..., AbstractContextManager[Advance]]  # `Monitor.phase`: (text, total) -> context of advance(count)
 
 
 class Monitor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import GaussianPrior, from_public_gradients, from_released, mixture, random_directions
-from fedllm.schema import CodecConfig
+from fedllm.schema import GENERATED, Config
 
 RANDOM_ROWS = 16
 MOST_RELEASED = 20  # rounds that are remembered
@@ -47,16 +47,20 @@ class Released:
 
 @dataclass(frozen=True)
 class Given:
-    """What a prior may be made of: gradients of public text at the model as it stands, released updates, a public seed."""
+    """What a prior may be made of: gradients of public text at the model as it stands, released updates, a public seed.
+
+    generated: whether the base model wrote that text.
+    """
 
     layout: AdapterLayout
     public: Tensor
     released: Released
     seed: int
+    generated: bool = False
 
 
 def _public(given: Given) -> GaussianPrior:
-    return from_public_gradients(given.layout, given.public)
+    return from_public_gradients(given.layout, given.public, given.generated)
 
 
 def _released(given: Given) -> GaussianPrior | None:
@@ -80,9 +84,12 @@ ROW_PRIORS: dict[str, tuple[Callable[[Given], GaussianPrior | None], float]] = {
 }
 
 
-def of_config(codec: CodecConfig, given: Given) -> GaussianPrior | None:
-    """What the config's codec is fitted on, or None for a family that needs no prior."""
-    return None if codec.prior == "none" else build(codec.prior, codec.weights, given)
+def of_config(config: Config, layout: AdapterLayout, public: Tensor, released: Released, seed: int) -> GaussianPrior | None:
+    """What the config's codec is fitted on, or None for a family that needs no prior. Arguments as of `Given`."""
+    codec = config.codec
+    if codec.prior == "none":
+        return None
+    return build(codec.prior, codec.weights, Given(layout, public, released, seed, config.task.public == GENERATED))
 
 
 def build(name: str, weights: list[float] | None, given: Given) -> GaussianPrior:

@@ -23,7 +23,7 @@ from fedllm.config import load_config, save_config
 from fedllm.errors import UserError
 from fedllm.federation import Federation, Progress, public_seed, sampling_rate
 from fedllm.models import resolve_dtype, save_adapter
-from fedllm.monitor import Monitor
+from fedllm.monitor import Monitor, open_display
 from fedllm.privacy import adversaries
 from fedllm.privacy.calibration import Calibration, calibrate_release, calibrate_server, update_multiplier
 from fedllm.privacy.events import sum_multiplier
@@ -51,7 +51,8 @@ def train(config: Config, before: evaluation.Evaluation | None = None) -> dict[s
     with watch.phase("setup"):
         config = resolve(config)
         run_id = new_run_id(config)
-        setting = build(config, public_seed(run_id, config))
+        with open_display() as display:
+            setting = build(config, public_seed(run_id, config), phase=display.phase)
         check_sizes(config, setting)
         check_population(config, setting)
         calibration = calibrate(config, setting)
@@ -96,7 +97,8 @@ def resume(run_dir: str | Path) -> dict[str, Any]:
     with watch.phase("setup"):
         ledger = Ledger.open(run_dir / "ledger.jsonl")
         check_same(config, ledger.header, run_dir)
-        setting = build(config, public_seed(ledger.header["run"], config))
+        with open_display() as display:
+            setting = build(config, public_seed(ledger.header["run"], config), phase=display.phase)
         if setting.partition.unit_count != ledger.header["units"]:
             raise UserError(f"{config.task.source}: {setting.partition.unit_count} units, the run began with {ledger.header['units']}")
     return _run(config, run_dir, setting, ledger, watch)

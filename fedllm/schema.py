@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+GENERATED = "generated"  # task.public: text that the base model writes itself, see `data/generated.py`
+
 
 @dataclass
 class ModelConfig:
@@ -21,11 +23,19 @@ class ColumnsConfig:
 
 
 @dataclass
+class GenerateConfig:
+    prompt: str = "Write a few sentences about {words}."  # asked of the base model; {words} becomes two everyday words
+    count: int = 400
+    max_new_tokens: int = 48
+
+
+@dataclass
 class TaskConfig:
     kind: str = "labels"  # labels (label words of a causal LM) | classify (a head) | text (next token)
     source: str = "movie-reviews"  # demo asset, hub id, or a csv, tsv, jsonl or parquet file
     test: str | None = None  # held-out file; without it the source's own test part, or a seeded split
-    public: str | None = "newsgroups"
+    public: str | None = "newsgroups"  # a source, or GENERATED
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     eval_examples: int = 2000
     monitor_examples: int = 200  # of these, how many are looked at after each round
     max_length: int = 64

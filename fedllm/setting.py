@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fedllm.data import prompts, sources
+from fedllm.data import generated, prompts, sources
 from fedllm.data.partition import Partition, make_partition
 from fedllm.errors import UserError
-from fedllm.schema import Config
+from fedllm.monitor import Display, Phase
+from fedllm.schema import GENERATED, Config
 from fedllm.training.engine import Encoded, TorchEngine
 from fedllm.training.objectives import ClassHead, LabelWords, NextToken
 
@@ -32,13 +33,14 @@ class Setting:
     partition: Partition
 
 
-def build(config: Config, public_seed: int, adapter: Path | None = None) -> Setting:
+def build(config: Config, public_seed: int, adapter: Path | None = None, phase: Phase | None = None) -> Setting:
     """Load the model and the data, and split the data over clients.
 
-    public_seed: of LoRA's random start and the choice of public examples. adapter: folder of a saved adapter to start from.
+    public_seed: of LoRA's random start and the choice of public examples. adapter: folder of a saved adapter to look at;
+    no public text then. phase: shows what takes long, as of `Monitor`.
     Raises UserError for anything the config names that is not there.
     """
-    from fedllm.models import load_adapter, load_model
+    from fedllm.models import load_adapter, load_model, resolve
 
     task = config.task
     data = load_task(config)
@@ -58,8 +60,12 @@ def build(config: Config, public_seed: int, adapter: Path | None = None) -> Sett
         load_adapter(model, adapter)
     objective, encode = make_objective(config, tokenizer, names)
     public = None
-    if task.public is not None:
-        public = public_examples(config, encode, len(names), public_seed)
+    if task.public is not None and adapter is None:
+        if task.public == GENERATED:  # by the base model: LoRA's start changes nothing yet
+            texts = generated.texts(model.get_base_model(), tokenizer, resolve(config.model.name), task.generate, phase or Display().phase)
+        else:
+            texts = sources.load(task.public, eval_examples=1, labelled=False, text=task.columns.public).train.texts
+        public = public_examples(config, encode, len(names), public_seed, texts)
     side = "right" if task.kind == "classify" else "left"
     engine = TorchEngine(model, objective, tokenizer.pad_token_id or 0, config.engine.batch_tokens, side)
     train, test = (Encoded(encode(table.texts), _targets(table)) for table in (data.train, data.test))
@@ -102,11 +108,10 @@ def make_objective(config: Config, tokenizer, label_names: list[str]):
     return objective, lambda texts: prompts.encode_plain(tokenizer, texts, task.max_length)
 
 
-def public_examples(config: Config, encode, labels: int, seed: int, most: int = 4000) -> Encoded:
+def public_examples(config: Config, encode, labels: int, seed: int, texts: list[str], most: int = 4000) -> Encoded:
     """Public text in the task's own prompt. Labels are drawn at random: the direction of a gradient hardly needs the right one."""
-    table = sources.load(config.task.public, eval_examples=1, labelled=False, text=config.task.columns.public).train
     rng = np.random.default_rng([seed, 1])
-    texts = [table.texts[i] for i in rng.permutation(len(table.texts))[:most]]
+    texts = [texts[i] for i in rng.permutation(len(texts))[:most]]
     if len(texts) < config.codec.public_examples:
         raise UserError(
             f"task.public={config.task.public}: {len(texts)} texts, expected at least codec.public_examples={config.codec.public_examples}"

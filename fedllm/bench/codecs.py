@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,13 +21,13 @@ from fedllm.bench.scores import Cohorts, Score, add, add_oracle, stored_bytes
 from fedllm.errors import UserError
 from fedllm.federation import public_seed
 from fedllm.methods import FIXED_SIZE, FREE_OF_PRIOR, PRIORS_OF, ROW_PARTS, ROWS
+from fedllm.monitor import Phase
 from fedllm.privacy.events import sum_multiplier
 from fedllm.run import calibrate, resolve
 from fedllm.schema import Config
 from fedllm.server import ServerOptimizer
 from fedllm.setting import Setting, build
 
-Phase = Callable[..., AbstractContextManager]
 SEED = 0  # of the cohorts and the noise: nothing here is private
 NOT_PRIVATE = "diagnostic: not private"
 PAID = "stage 1 (here its private moments, without noise)"
@@ -64,7 +63,7 @@ def bench(
     Raises UserError for what the config lacks.
     """
     config = resolve(config)
-    setting = build(config, public_seed("0" * 16, config))
+    setting = build(config, public_seed("0" * 16, config), phase=phase)
     if setting.public is None:
         raise UserError("task.public: expected a source of public text; the priors that cost nothing are made of it")
     half = config.federation.expected_cohort // 2

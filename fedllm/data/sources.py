@@ -12,6 +12,7 @@ from fedllm.data import tables
 from fedllm.data.assets import ASSETS, fetch
 from fedllm.data.tables import Columns
 from fedllm.errors import UserError
+from fedllm.schema import GENERATED
 
 SPLIT_SEED = 20_170  # the held-out part is public and the same for every run, whatever the run's own seed
 
@@ -150,6 +151,8 @@ def _files(path: Path) -> list[Path]:
 def _read(source: str) -> _Parts:
     if source in DATA_ASSETS:
         return _Parts(*DATA_ASSETS[source](fetch(source)), source)
+    if source == GENERATED:
+        raise UserError(f"{GENERATED}: text that the base model writes has no labels and no users; expected it in task.public alone")
     if source in ASSETS:
         raise UserError(f"{source} is a model; expected a data source such as {', '.join(DATA_ASSETS)}")
     path = Path(source).expanduser()
