@@ -175,8 +175,11 @@ def check_fit_at(config: Config) -> None:
 
 
 def check_public(config: Config) -> None:
-    """Raise UserError for public text that the model cannot write, or too little of it."""
+    """Raise UserError for labels or public text that the model cannot give, or too little text."""
     task, needed = config.task, config.codec.public_examples
+    one_of("codec.public_labels", config.codec.public_labels, ("random", "model"))
+    if config.codec.public_labels == "model" and task.kind == "text":
+        raise UserError("codec.public_labels=model: expected random with task.kind=text, which has no labels")
     if task.public != GENERATED:
         return
     if task.kind == "classify":

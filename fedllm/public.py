@@ -14,6 +14,7 @@ from fedllm.methods import held_out_rows
 from fedllm.schema import Config
 from fedllm.server import ServerOptimizer
 from fedllm.setting import Setting
+from fedllm.training.engine import Encoded, TorchEngine
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def gradients(setting: Setting, config: Config, seed: int, number: int) -> Publi
         return None
     held_out = held_out_rows(config.codec.public_examples)
     wanted = held_out if config.codec.prior == "none" else config.codec.public_examples
-    rows = _updates(setting, config, [seed, 2, number], wanted)
+    rows = _updates(setting, config, [seed, 2, number], wanted, config.codec.public_labels)
     return PublicGradients(rows[held_out:], rows[:held_out])
 
 
@@ -59,14 +60,35 @@ def pseudo_units(rows: PublicGradients, per_unit: int) -> Tensor:
 
 
 def warm_up(setting: Setting, config: Config, seed: int, optimizer: ServerOptimizer) -> None:
-    """A few server steps along public gradients; the adapter is loaded afterwards."""
+    """A few server steps along public gradients; the adapter is loaded afterwards.
+
+    Labels are random here: along gradients of the model's own labels the mean step is zero.
+    """
     for step in range(config.codec.warmup_public_steps):
         mean = _updates(setting, config, [seed, 3, step], config.codec.public_examples).mean(0)
         setting.engine.load(optimizer.step(mean))
 
 
-def _updates(setting: Setting, config: Config, key: list[int], count: int) -> Tensor:
-    chosen = np.random.default_rng(key).permutation(len(setting.public))[:count]
-    local = config.federation.local
-    rows = setting.engine.updates(setting.public, [np.array([i]) for i in chosen], local.steps, local.lr)
+def drawn_labels(engine: TorchEngine, data: Encoded, rng: np.random.Generator) -> np.ndarray:
+    """A label of each example, drawn from the model's own prediction.
+
+    Drawn, not the most likely one: the second moment of such gradients is the model's Fisher matrix, that of true labels where the model
+    is calibrated. With its favourite label the gradient fades exactly where the model is sure, whether it is right or wrong.
+    """
+    below = engine.probabilities(data).cumsum(1).numpy()
+    return (below[:, :-1] < rng.random(len(data))[:, None]).sum(1)
+
+
+LABELS: dict[str, Callable[[TorchEngine, Encoded, np.random.Generator], np.ndarray]] = {
+    "random": lambda engine, data, rng: data.targets,  # drawn when the text was read
+    "model": drawn_labels,
+}
+
+
+def _updates(setting: Setting, config: Config, key: list[int], count: int, labels: str = "random") -> Tensor:
+    rng, local = np.random.default_rng(key), config.federation.local
+    chosen = rng.permutation(len(setting.public))[:count]
+    data = Encoded([setting.public.tokens[i] for i in chosen], setting.public.targets[chosen])
+    data = Encoded(data.tokens, LABELS[labels](setting.engine, data, rng))
+    rows = setting.engine.updates(data, [np.array([i]) for i in range(len(data))], local.steps, local.lr)
     return torch.cat([updates for _, updates in rows])

@@ -86,6 +86,14 @@ class TorchEngine:
                     progress(len(batch.index))
         return Evaluation(loss / len(data), right / len(data) if counted else None)
 
+    def probabilities(self, data: Encoded) -> Tensor:
+        """The model's own prediction of each label [examples, labels], float64, adapter as loaded; for tasks with labels."""
+        rows = {}
+        with torch.inference_mode():
+            for batch in make_batches(data.tokens, **self._batching):
+                rows |= zip(batch.index.tolist(), self.objective.logits(self.model, batch).double().softmax(1), strict=True)
+        return torch.stack([rows[example] for example in range(len(data))])
+
     def _gradients(self, data: Encoded, units: list[np.ndarray]) -> Tensor:
         """Gradient of each unit's mean loss [units, n]."""
         self.gradients.begin(len(units))

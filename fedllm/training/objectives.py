@@ -28,21 +28,27 @@ class LabelWords:
         self.word_ids = torch.tensor(word_ids)
 
     def __call__(self, model: nn.Module, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return _choice(self.logits(model, batch), targets)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of each label [batch, labels], float32."""
         base = model.get_base_model()
         hidden = base.base_model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
         ).last_hidden_state[:, -1]
         head = base.get_output_embeddings()
-        logits = F.linear(hidden.float(), head.weight[self.word_ids].float())
-        return _choice(logits, targets)
+        return F.linear(hidden.float(), head.weight[self.word_ids].float())
 
 
 class ClassHead:
     """Cross-entropy of a sequence classifier."""
 
     def __call__(self, model: nn.Module, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids).logits
-        return _choice(logits.float(), targets)
+        return _choice(self.logits(model, batch), targets)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of each label [batch, labels], float32."""
+        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids).logits.float()
 
 
 class NextToken:
