@@ -88,7 +88,7 @@ LABELS: dict[str, Callable[[TorchEngine, Encoded, np.random.Generator], np.ndarr
 def _updates(setting: Setting, config: Config, key: list[int], count: int, labels: str = "random") -> Tensor:
     rng, local = np.random.default_rng(key), config.federation.local
     chosen = rng.permutation(len(setting.public))[:count]
-    data = Encoded([setting.public.tokens[i] for i in chosen], setting.public.targets[chosen])
-    data = Encoded(data.tokens, LABELS[labels](setting.engine, data, rng))
+    text = Encoded([setting.public.tokens[i] for i in chosen], setting.public.targets[chosen])
+    data = Encoded(text.tokens, LABELS[labels](setting.engine, text, rng))
     rows = setting.engine.updates(data, [np.array([i]) for i in range(len(data))], local.steps, local.lr)
     return torch.cat([updates for _, updates in rows])

@@ -109,7 +109,7 @@ def make_objective(config: Config, tokenizer, label_names: list[str]):
 
 
 def public_examples(config: Config, encode, labels: int, seed: int, texts: list[str], most: int = 4000) -> Encoded:
-    """Public text in the task's own prompt. Labels are drawn at random: the direction of a gradient hardly needs the right one."""
+    """Public text in the task's own prompt. Labels are drawn at random: see `codec.public_labels`."""
     rng = np.random.default_rng([seed, 1])
     texts = [texts[i] for i in rng.permutation(len(texts))[:most]]
     if len(texts) < config.codec.public_examples:

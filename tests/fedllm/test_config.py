@@ -171,6 +171,7 @@ NAMES = {
     "model.dtype": "float31", "task.kind": "lables", "lora.train": "a", "federation.partition.kind": "idd",
     "federation.server.optimizer": "adm", "federation.transport": "simulate", "codec.bits": "12", "codec.family": "linaer",
     "codec.prior": "publik", "codec.fit_at": "clients", "privacy.unit": "clients", "privacy.noise": "centrl", "privacy.noise_in": "codes",
+    "codec.public_labels": "models",
     "privacy.clip.mode": "fix", "privacy.target.adversary": "servr", "engine.name": "torche", "parallel.mode": "non", "method": "dr_encodr",
 }  # fmt: skip
 
@@ -242,6 +243,7 @@ COMBINATIONS = [
     (["task.public=movie-reviews"], "task.public=movie-reviews: expected a source other than"),
     (["task.public=generated", "task.kind=classify"], "task.public=generated: expected a source of text with task.kind=classify"),
     (["task.public=generated", "task.generate.count=159"], "task.generate.count=159: expected at least codec.public_examples=160"),
+    (["codec.public_labels=model", "task.kind=text"], "codec.public_labels=model: expected random with task.kind=text"),
     (["task.public=null"], "task.public: expected a source of public text for codec.prior=public"),
     (
         ["task.public=null", "codec.prior=moments", "privacy.clip.norm=1"],

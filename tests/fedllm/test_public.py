@@ -1,0 +1,74 @@
+"""Gradients of public text: which examples, with which labels."""
+
+import numpy as np
+import pytest
+import torch
+
+from fedllm import public, run
+from fedllm.setting import build
+from fedllm.training.engine import Encoded
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def trained(configured):
+    """A setting whose adapter is off LoRA's start, where the model's prediction is not even."""
+    setting = build(configured(), 3)
+    noise = torch.randn(setting.engine.layout.size, generator=torch.Generator().manual_seed(1))
+    setting.engine.load(setting.engine.adapter() + 0.5 * noise)
+    return setting
+
+
+def by_hand(setting, example, target):
+    """Gradient of one example's loss by the engine's own loop of one."""
+    data = Encoded([setting.public.tokens[example]], np.array([target]))
+    return next(setting.engine.updates(data, [np.array([0])]))[1][0]
+
+
+def test_probabilities_are_the_losses_of_every_label(trained):
+    engine, data = trained.engine, trained.public[:7]
+    found = engine.probabilities(data)
+    for label in (0, 1):
+        losses = [engine.evaluate(Encoded([tokens], np.array([label]))).loss for tokens in data.tokens]
+        assert torch.allclose(found[:, label], torch.tensor(losses, dtype=torch.float64).neg().exp(), atol=1e-6)
+    assert (found - 0.5).abs().max() > 0.05  # or nothing is drawn from
+
+
+def test_labels_are_drawn_from_the_prediction(trained, monkeypatch):
+    even, rng = torch.tensor([[0.1, 0.6, 0.3]]).double(), np.random.default_rng(0)
+    monkeypatch.setattr(trained.engine, "probabilities", lambda data: even.expand(len(data), 3))
+    data = Encoded([[1]] * 20_000, np.zeros(20_000, np.int64))
+    shares = np.bincount(public.drawn_labels(trained.engine, data, rng), minlength=3) / len(data)
+    assert np.allclose(shares, even, atol=0.015)
+    certain = torch.tensor([[0.0, 0.0, 1.0]]).double()
+    monkeypatch.setattr(trained.engine, "probabilities", lambda data: certain.expand(len(data), 3))
+    assert (public.drawn_labels(trained.engine, data, rng) == 2).all()
+
+
+def test_each_gradient_is_of_its_drawn_label(trained, configured, monkeypatch):
+    """Every row is its example's gradient with one of the two labels; of the labels that were drawn, and not of the text's random ones."""
+    given = []
+    real = public.drawn_labels
+    monkeypatch.setitem(public.LABELS, "model", lambda *args: given.append(real(*args)) or given[-1])
+    rows = public.gradients(trained, configured("run", "codec.public_labels=model"), 3, 0)
+    chosen = np.random.default_rng([3, 2, 0]).permutation(len(trained.public))[:30]
+    whole = torch.cat([rows.held_out, rows.fit])
+    for row, example, label in zip(whole, chosen, given[0], strict=True):
+        assert torch.allclose(row, by_hand(trained, example, label), atol=1e-5)
+    assert (given[0] != trained.public.targets[chosen]).any()
+    plain = public.gradients(trained, configured(), 3, 0)
+    for row, example in zip(torch.cat([plain.held_out, plain.fit]), chosen, strict=True):
+        assert torch.allclose(row, by_hand(trained, example, trained.public.targets[example]), atol=1e-5)
+
+
+def test_the_same_seed_and_model_give_the_same_gradients(trained, configured):
+    config = configured("run", "codec.public_labels=model")
+    first, again, other = (public.gradients(trained, config, 3, number).fit for number in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("overrides", [[], ["codec.fit_at=client"], ["codec.prior=moments"]])
+def test_runs_with_the_models_own_labels(overrides, configured, no_plot):
+    results = run.train(configured("run", "codec.public_labels=model", *overrides))
+    assert results["rounds"] == 2 and results["epsilon"]["private"]
