@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dr_encoder.message import pack
 from dr_encoder.quantize import quantize
-from fedllm.privacy.clipping import clip_bits, clip_units, unit_norms
+from fedllm.privacy.clipping import clip_bits, clip_by_group, clip_units, unit_norms
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
 
@@ -20,8 +20,9 @@ Encode = Callable[[Tensor], Tensor]  # [units, n] -> [units, size]
 def unit_vectors(updates: Tensor, encode: Encode, spec: PrivateSum) -> Tensor:
     """What each unit adds to its client's sum: updates [units, n] -> clipped vectors of norm at most spec.sensitivity.
 
-    `noise_in: code` encodes, then clips, [units, size]; `noise_in: update` clips the update itself, [units, n]. With an adaptive clip
-    the last coordinate is the unit's bit, +-1/2 of spec.bit_weight; it shares the event's noise. The bit is exact in float64 alone.
+    `noise_in: code` encodes, then clips, [units, size]; `noise_in: update` clips the update itself, [units, n]; clip groups one by one,
+    each to spec.clip. With an adaptive clip the last coordinate is the unit's bit, +-1/2 of spec.bit_weight; it shares the event's noise.
+    The bit is exact in float64 alone.
     Raises FloatingPointError for a non-finite update without privacy; under privacy such a unit becomes the zero vector.
     """
     vectors = updates if spec.noise_in == "update" else encode(updates)
@@ -29,7 +30,7 @@ def unit_vectors(updates: Tensor, encode: Encode, spec: PrivateSum) -> Tensor:
         if not torch.isfinite(vectors).all():
             raise FloatingPointError("a client's update is not finite")
         return vectors
-    clipped = clip_units(vectors, spec.clip)
+    clipped = clip_by_group(vectors, spec.clip, spec.groups) if spec.groups else clip_units(vectors, spec.clip)
     if spec.bit_weight == 0:
         return clipped
     norms = unit_norms(vectors)

@@ -9,16 +9,18 @@ from typing import Any
 from dr_encoder.message import Expected, Header
 from dr_encoder.quantize import dtype_of, levels
 from fedllm.privacy.events import ADD_REMOVE
+from fedllm.privacy.groups import Group
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrivateSum:
     """One round of one stage: sum over sampled units of vectors of norm at most C, with Gaussian noise.
 
-    size: length of the vector; clip: C, the L2 sensitivity of the sum under add/remove (2C under replace-one), inf without privacy;
-    noise_multiplier: z, of the sum ('distributed', 'central') or of each message ('local'), 0 without privacy; shares: M, how many
+    size: length of the vector; clip: C, the norm of the vector or of each of its clip groups, inf without privacy; noise_multiplier: z,
+    noise over `sensitivity`, of the sum ('distributed', 'central') or of each message ('local'), 0 without privacy; shares: M, how many
     noise shares the sum always carries; expected: the public divisor; bit_weight: length of the adaptive clip's bit, 0 without one;
-    each: whether messages are decoded one by one, so that the release depends on all of them.
+    each: whether messages are decoded one by one, so that the release depends on all of them; groups: what is clipped apart, none: the
+    whole vector together; weights: of each client's message in the sum, mean 1, public ('local' only); None: all 1.
     """
 
     run: str
@@ -40,6 +42,8 @@ class PrivateSum:
     bits: int
     bit_weight: float = 0.0
     each: bool = False
+    groups: tuple[Group, ...] = ()
+    weights: tuple[float, ...] | None = None
 
     @property
     def private(self) -> bool:
@@ -47,8 +51,11 @@ class PrivateSum:
 
     @property
     def sensitivity(self) -> float:
-        """L2 norm a unit's whole vector can have: the clipped code and the clip's bit of +-1/2."""
-        return math.hypot(self.clip, self.bit_weight / 2)
+        """L2 norm a unit's whole vector can have: all clip groups at C at once, and the clip's bit of +-1/2.
+
+        The sum's sensitivity under add/remove; twice this under replace-one.
+        """
+        return math.hypot(self.clip * math.sqrt(max(1, len(self.groups))), self.bit_weight / 2)
 
     @property
     def share_std(self) -> float:
@@ -65,7 +72,23 @@ class PrivateSum:
             return 0.0
         if self.noise == "central":
             return self.noise_multiplier * self.sensitivity
-        return self.share_std * math.sqrt(self.shares)
+        return self.share_std * math.sqrt(self.square_weights)
+
+    @property
+    def square_weights(self) -> float:
+        """Sum of squared weights of the noise that the sum always carries: of the heaviest `shares` clients; M where all weigh alike."""
+        if self.weights is None:
+            return self.shares
+        return math.fsum(sorted((weight**2 for weight in self.weights), reverse=True)[: self.shares])
+
+    @property
+    def largest_weight(self) -> float:
+        """By how much the heaviest client's vector counts in the sum."""
+        return 1.0 if self.weights is None else max(self.weights)
+
+    def weight(self, client: int) -> float:
+        """By how much a client's vector counts in the sum."""
+        return 1.0 if self.weights is None else self.weights[client]
 
     @property
     def mean_std(self) -> float:
@@ -98,7 +121,10 @@ class PrivateSum:
         )
 
     def ledger_entry(self, rng: str) -> dict[str, Any]:
-        """The record of what is about to be released; the ledger adds id and attempt."""
+        """The record of what is about to be released; the ledger adds id and attempt.
+
+        clip: C, of each group. shares: with unequal weights as many as would stand in the same proportion to the heaviest client.
+        """
         return {
             "stage": f"stage{self.stage}",
             "round": self.round,
@@ -107,11 +133,13 @@ class PrivateSum:
             "clip": self.clip if math.isfinite(self.clip) else None,
             "sampling_rate": self.sampling_rate,
             "max_cohort": self.max_cohort,
-            "shares": self.shares,
+            "shares": self.shares if self.weights is None else self.square_weights / self.largest_weight**2,
             "noise": self.noise,
             "unit": self.unit,
             "relation": ADD_REMOVE,
             "codec": self.codec,
             "prior": self.prior,
             "rng": rng,
+            "clip_groups": max(1, len(self.groups)),
+            "largest_weight": self.largest_weight,
         }

@@ -24,20 +24,20 @@ def noisy_mean(messages: Iterable[bytes], spec: PrivateSum, noise: Noise) -> Ten
     A well-formed hostile message is not detected; the lattice bounds it (with 32 bits only `central` does, by clipping again).
     """
     total = np.zeros(spec.size)
-    shares = 0
-    for code in accepted(messages, spec):
+    shares = 0.0  # squared weights of the noise that came
+    for weight, code in accepted(messages, spec):
         if spec.private and spec.noise == "central" and spec.unit == "client":
             # Rounding before the noise can lengthen a code; the sensitivity is what this clip says. (A sum of several users' codes
             # comes unrounded and is no single unit's: clipping it would cut it to the length of one.)
             code = clip_units(torch.from_numpy(code)[None], spec.sensitivity)[0].double().numpy()
-        total += code
-        shares += 1
+        total += weight * code
+        shares += weight**2
     if spec.noise == "central":
         missing = spec.sum_std
     else:
         # A share that came was rounded at random, at a variance of step^2 / 6; one that the server draws must weigh the same.
         rounding = 0.0 if spec.bits == 32 else spec.scale**2 / 6
-        missing = math.sqrt(max(0, spec.shares - shares) * (spec.share_std**2 + rounding))
+        missing = math.sqrt(max(0.0, spec.square_weights - shares) * (spec.share_std**2 + rounding))
     if spec.private and missing > 0:
         total += noise.gaussian(total.shape, missing, purpose="server", stage=spec.stage, round=spec.round)
     if spec.private and spec.bits != 32:
@@ -54,8 +54,8 @@ def decoded_mean(messages: Iterable[bytes], spec: PrivateSum, noise: Noise, deco
     decode: one code [k] -> update [n].
     """
     total, slots = None, spec.shares if spec.private else 0
-    for code in accepted(messages, spec):
-        update = decode(torch.from_numpy(code).float()).double()
+    for weight, code in accepted(messages, spec):
+        update = weight * decode(torch.from_numpy(code).float()).double()
         total = update if total is None else total + update
         slots -= 1
     for number in range(max(0, slots)):
@@ -71,15 +71,15 @@ def decoded_mean(messages: Iterable[bytes], spec: PrivateSum, noise: Noise, deco
     return (total / spec.expected).float()
 
 
-def accepted(messages: Iterable[bytes], spec: PrivateSum) -> Iterator[np.ndarray]:
-    """Codes [size], float64, of the messages that pass every check; the others are dropped without a word."""
+def accepted(messages: Iterable[bytes], spec: PrivateSum) -> Iterator[tuple[float, np.ndarray]]:
+    """Weight and code [size], float64, of each message that passes every check; the others are dropped without a word."""
     inbox = Inbox(spec.expects())
     for sent in messages:
         try:
-            _, lattice = inbox.accept(sent)
+            client, lattice = inbox.accept(sent)
         except MessageError:
             continue
-        yield dequantize(lattice, spec.scale)
+        yield spec.weight(client), dequantize(lattice, spec.scale)
 
 
 class ServerOptimizer:

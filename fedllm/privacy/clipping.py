@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from fedllm.privacy.groups import Group, is_partition
+
 _MARGIN = 1e-10  # relative; covers the rounding of a float64 norm over up to 1e6 values
 _STEPS = 16
 
@@ -29,6 +31,27 @@ def clip_units(codes: torch.Tensor, clip: float) -> torch.Tensor:
     long = torch.nonzero(torch.isfinite(norms) & (norms > limit)).flatten()
     if len(long):
         result[long] = _scale_down(result[long], norms[long], limit)
+    return result
+
+
+def clip_by_group(codes: torch.Tensor, clip: float, groups: tuple[Group, ...]) -> torch.Tensor:
+    """Scale every group of every row down to L2 norm at most `clip`, each by a factor of its own.
+
+    Formal guarantee: for every input each group of each row has exact L2 norm <= clip, as in `clip_units`, so each whole row has L2 norm
+    <= clip sqrt(groups): by that much the sum over rows moves when a unit is added or removed, by twice as much when one is replaced. A
+    row with a NaN or an infinity anywhere becomes zero everywhere.
+
+    codes: [units, k]. groups: see `groups.clip_groups`; they must hold every coordinate once, or ValueError is raised.
+    """
+    if codes.ndim != 2 or not is_partition(groups, codes.shape[1]):
+        raise ValueError(f"Expected codes of shape [units, k] and groups that hold each of k coordinates once, got {list(codes.shape)}")
+    result = codes.detach().to(torch.float32, copy=True)
+    result[~torch.isfinite(unit_norms(result))] = 0.0
+    for group in groups:
+        parts = [result[:, start:stop] for start, stop in group]
+        clipped = clip_units(torch.cat(parts, 1), clip).split([part.shape[1] for part in parts], 1)
+        for part, shorter in zip(parts, clipped, strict=True):
+            part.copy_(shorter)
     return result
 
 

@@ -11,6 +11,7 @@ from scipy import stats
 from dr_encoder.message import Duplicate, Inbox, pack, unpack
 from fedllm.client import message, unit_vectors
 from fedllm.privacy.calibration import update_multiplier
+from fedllm.privacy.events import message_multiplier, sum_multiplier
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
 from fedllm.schema import ServerConfig
@@ -185,6 +186,57 @@ def test_a_trusted_server_clips_a_client_but_not_a_sum_of_users(unit):
     assert float(mean.norm()) * what.expected == pytest.approx(0.5 if unit == "client" else 2.0, rel=1e-3)
 
 
+# -- clip groups, weights --------------------------------------------------------------------------------------------------------------
+
+GROUPS = tuple(((start, start + 100),) for start in range(0, SIZE, 100))  # 4 groups: the sensitivity is 2 C
+
+
+@pytest.mark.parametrize("mode", ["distributed", "local"])
+def test_noise_is_relative_to_all_groups_at_once(mode):
+    what, noise = spec(noise=mode, groups=GROUPS, bits=32), Noise(seed=1)
+    assert what.sensitivity == 1.0 and what.ledger_entry("os")["clip"] == 0.5 and what.ledger_entry("os")["clip_groups"] == 4
+    codes = [unpack(sent, what.expects())[1] for sent in sent_by(what, range(50), noise)]
+    assert_std(np.array(codes), 2.0 * 2 * 0.5 / (1 if mode == "local" else math.sqrt(SHARES)))
+
+
+WEIGHTS = tuple(2.0 if client < 4 else 0.5 for client in range(SHARES))
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("cohort", [range(0), range(4), range(2, SHARES), range(SHARES)])
+def test_weighted_the_noise_is_that_of_the_heaviest_clients_whatever_the_cohort(cohort, bits):
+    means = []
+    for draw in range(40):
+        what, noise = spec(noise="local", bits=bits, round=draw, weights=WEIGHTS, clients=SHARES), Noise(seed=2)
+        means.append(noisy_mean(sent_by(what, cohort, noise), what, noise).numpy())
+    of_sum = 2.0 * 0.5 * math.sqrt(4 * 4 + 16 / 4)
+    assert what.sum_std == pytest.approx(of_sum, rel=1e-12)
+    assert_std(np.array(means) * what.expected, of_sum)
+    few = dataclasses.replace(what, shares=5)
+    assert few.sum_std == pytest.approx(math.sqrt(4 * 4 + 1 / 4), rel=1e-12)
+
+
+def test_a_weighted_sum_is_accounted_by_the_heaviest_client():
+    """The noise of the sum over how far the heaviest client moves it; a message against the server is its own noise alone."""
+    what = spec(noise="local", weights=WEIGHTS, clients=SHARES)
+    entry = what.ledger_entry("os")
+    assert (entry["largest_weight"], entry["noise_multiplier"]) == (2.0, 2.0)
+    truth = what.sum_std / (max(WEIGHTS) * what.sensitivity)
+    assert sum_multiplier("local", entry["noise_multiplier"], entry["shares"]) == pytest.approx(truth, rel=1e-12)
+    assert message_multiplier("local", entry["noise_multiplier"], entry["shares"]) == what.share_std / what.sensitivity
+    plain = spec(noise="local").ledger_entry("os")
+    assert (plain["shares"], plain["largest_weight"], plain["clip_groups"]) == (SHARES, 1.0, 1)
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_without_privacy_the_weighted_mean_is_exact(each):
+    what, noise = spec(clip=math.inf, noise_multiplier=0.0, bits=32, weights=WEIGHTS, clients=SHARES, each=each), Noise()
+    vectors = torch.linspace(-3, 3, SHARES)[:, None] * torch.linspace(0.5, 1, SIZE)
+    sent = [message(vector, what, client, noise, encode) for client, vector in enumerate(vectors)]
+    mean = decoded_mean(sent, what, noise, lambda code: code) if each else noisy_mean(sent, what, noise)
+    assert torch.allclose(mean, (torch.tensor(WEIGHTS)[:, None] * vectors).sum(0) / what.expected, atol=1e-6)
+
+
 # -- refused messages ------------------------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +357,17 @@ def test_no_unit_is_longer_than_the_sensitivity(clip, adaptive, noise_in):
         assert torch.isfinite(vectors).all()
         assert float(norms.max()) <= what.sensitivity
         assert float(norms.max()) > 0.999 * what.sensitivity
+
+
+@pytest.mark.parametrize("clip", [0.5, 1e-3, 7.3])
+@pytest.mark.parametrize("noise_in", ["code", "update"])
+def test_no_unit_is_longer_than_all_its_groups_allow(clip, noise_in):
+    groups = (((0, 100), (500, UPDATE)), ((100, 500),))
+    vectors = unit_vectors(adversarial(), same, spec(clip=clip, noise_in=noise_in, groups=groups))
+    norms = vectors.double().norm(dim=1)
+    assert torch.isfinite(vectors).all()
+    assert float(norms.max()) <= clip * math.sqrt(2) and float(norms.max()) > 0.999 * clip * math.sqrt(2)
+    assert float(vectors[:, 100:500].double().norm(dim=1).max()) <= clip
 
 
 def test_a_unit_that_is_not_finite_is_zero_and_the_others_are_not_touched():

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from fedllm.privacy.clipping import clip_bits, clip_units, next_clip, noisy_fraction
+from dr_encoder.layout import AdapterLayout
+from fedllm.privacy.clipping import clip_bits, clip_by_group, clip_units, next_clip, noisy_fraction
+from fedllm.privacy.groups import GROUPS, clip_groups
 
 
 def exact_norm(row):
@@ -84,6 +86,73 @@ def test_sensitivity_of_the_sum():
     whole = clipped.sum(0)
     assert torch.linalg.vector_norm(whole - clipped[1:].sum(0)) <= 0.5 + 1e-12
     assert torch.linalg.vector_norm(whole - (clipped[1:].sum(0) + other[0])) == pytest.approx(1.0, abs=1e-5)
+
+
+# -- groups ----------------------------------------------------------------------------------------------------------------------------
+
+NAMES = [f"model.layers.{layer}.attn.{target}.lora_{kind}.weight" for layer in (0, 1) for target in "qv" for kind in "AB"]
+HEADS = [("score.weight", torch.zeros(7)), ("score.bias", torch.zeros(1))]
+LAYOUT = AdapterLayout.of([*((name, torch.zeros(3, 5)) for name in NAMES), *HEADS])
+
+
+def test_groups_hold_every_coordinate_once():
+    counts = {by: len(clip_groups(LAYOUT, by)) for by in GROUPS}
+    assert counts == {"joint": 1, "matrix": 10, "layer": 3, "kind": 3}
+    for by in GROUPS:
+        taken = torch.zeros(LAYOUT.size)
+        for group in clip_groups(LAYOUT, by):
+            for start, stop in group:
+                taken[start:stop] += 1
+        assert torch.equal(taken, torch.ones(LAYOUT.size)), by
+    assert clip_groups(LAYOUT, "kind") == (
+        ((0, 15), (30, 45), (60, 75), (90, 105)),
+        ((15, 30), (45, 60), (75, 90), (105, 120)),
+        ((120, 128),),
+    )
+    assert clip_groups(LAYOUT, "layer") == (((0, 60),), ((60, 120),), ((120, 128),))
+
+
+@pytest.mark.parametrize("clip", [1e-12, 0.1, 1.0000001, 1e30])
+@pytest.mark.parametrize("by", GROUPS)
+def test_no_group_exceeds_the_clip_and_the_row_no_more_than_all_of_them(by, clip):
+    groups = clip_groups(LAYOUT, by)
+    rows = adversarial_rows(LAYOUT.size)
+    clipped = clip_by_group(rows, clip, groups)
+    for before, after in zip(rows, clipped, strict=True):
+        for group in groups:
+            part = torch.cat([after[start:stop] for start, stop in group])
+            whole = torch.cat([before[start:stop] for start, stop in group])
+            assert exact_norm(part) <= clip
+            if clip * (1 + 1e-6) < exact_norm(whole) < 1e36 * clip:
+                assert exact_norm(part) == pytest.approx(clip, rel=1e-5)
+        assert exact_norm(after) <= clip * math.sqrt(len(groups))
+    long = clip_by_group(torch.ones(1, LAYOUT.size) * 9, 0.1, groups)
+    assert exact_norm(long[0]) == pytest.approx(0.1 * math.sqrt(len(groups)), rel=1e-5)  # the sensitivity is reached
+
+
+def test_one_group_is_the_plain_clip_and_short_groups_are_untouched():
+    rows = adversarial_rows(LAYOUT.size)
+    assert torch.equal(clip_by_group(rows, 0.3, clip_groups(LAYOUT, "joint")), clip_units(rows, 0.3))
+    rows = torch.zeros(1, LAYOUT.size)
+    rows[0, :15], rows[0, 15:30] = 9.0, 1e-3
+    clipped = clip_by_group(rows, 0.1, clip_groups(LAYOUT, "matrix"))
+    assert torch.equal(clipped[0, 15:], rows[0, 15:]) and exact_norm(clipped[0, :15]) == pytest.approx(0.1, rel=1e-5)
+
+
+def test_a_row_that_is_not_finite_anywhere_is_zero_in_all_groups():
+    rows = torch.ones(2, LAYOUT.size)
+    rows[0, 50] = float("nan")
+    clipped = clip_by_group(rows, 1.0, clip_groups(LAYOUT, "matrix"))
+    assert not clipped[0].any() and clipped[1].any()
+
+
+@pytest.mark.parametrize("groups", [(), (((0, 127),),), (((1, 128),),), (((0, 64),), ((60, 128),)), (((0, 60),), ((64, 128),))])
+def test_groups_that_leave_out_or_repeat_a_coordinate_are_refused(groups):
+    with pytest.raises(ValueError, match="each of k coordinates once"):
+        clip_by_group(torch.ones(1, 128), 1.0, groups)
+
+
+# -- bits ------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_clip_bits_are_centred():
