@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.errors import UserError
-from fedllm.formats import bytes_text, delta_text, epsilon_text, percent_text, seconds_text, times_text, why_text
+from fedllm.formats import bytes_text, claim_meaning, delta_text, epsilon_text, percent_text, seconds_text, times_text, why_text
 
 Results = Mapping[str, Any]
 
@@ -99,7 +99,8 @@ def load_results(run_dir: str | Path) -> Results:
 def rows(runs: Mapping[str, Results]) -> list[list[str]]:
     """The comparison as text: first the header, then one row a quantity, one column a run."""
     some_accuracy = any(results["accuracy"] is not None for results in runs.values())
-    columns = [_column(results, some_accuracy) for results in runs.values()]
+    some_claim = any(results["epsilon"].get("claimed") for results in runs.values())
+    columns = [_column(results, some_accuracy, some_claim) for results in runs.values()]
     quantities = list(columns[0])
     return [["", *runs], *([quantity, *(column[quantity] for column in columns)] for quantity in quantities)]
 
@@ -120,6 +121,8 @@ def notes(runs: Mapping[str, Results]) -> list[str]:
             answer = results["epsilon"][adversary]
             if answer["epsilon"] is not None:
                 found[f"ε {adversary}: {epsilon_meaning(results['epsilon'], adversary)}."] = None
+        if results["epsilon"].get("claimed") is not None:
+            found[f"ε claimed by {results['method']}: {claim_meaning(results['epsilon']['claimed'])}."] = None
     return [
         *found,
         "bytes: per client and round, the whole message up; down the new adapter, and the codec where its copy travels.",
@@ -142,16 +145,18 @@ def overhead(seconds: Mapping[str, float]) -> float | None:
     return spent / work if work > 0 else None
 
 
-def _column(results: Results, with_accuracy: bool) -> dict[str, str]:
+def _column(results: Results, with_accuracy: bool, with_claim: bool) -> dict[str, str]:
     epsilon, before, after = results["epsilon"], results["accuracy_before"], results["accuracy"]
     column = {"method": str(results["method"]), "rounds": str(results["rounds"])}
     if with_accuracy:
         column["accuracy before"] = percent_text(before)
         column["accuracy after"] = percent_text(after)
         column["gain, points"] = "-" if after is None else f"{100 * (after - before):+.1f}"
+    column |= {"loss before": f"{results['loss_before']:.3f}", "loss after": f"{results['loss']:.3f}"}
+    if with_claim:
+        claimed = epsilon.get("claimed")
+        column["ε claimed"] = "-" if claimed is None else epsilon_text(claimed["epsilon"])
     return column | {
-        "loss before": f"{results['loss_before']:.3f}",
-        "loss after": f"{results['loss']:.3f}",
         "ε release": _epsilon(epsilon["release"]),
         "ε server": _epsilon(epsilon["server"]),
         "private": "yes" if epsilon["private"] else f"no: {why_text(epsilon['why_not_private'])}",

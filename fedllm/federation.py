@@ -18,11 +18,12 @@ from torch import Tensor
 from dr_encoder import moments
 from dr_encoder.codecs import Codec
 from dr_encoder.priors import GaussianPrior, factor_rms, from_moments
-from fedllm import evaluation, priors, public, records
+from fedllm import evaluation, priors, public, real, records
 from fedllm.checkpoint import Checkpoints
 from fedllm.client import Encode
 from fedllm.codec_fit import Announcement, choose_size, fit_codec
 from fedllm.errors import RunStopped
+from fedllm.mechanism import Mechanism
 from fedllm.monitor import Monitor
 from fedllm.privacy import guard
 from fedllm.privacy.calibration import update_multiplier
@@ -80,6 +81,7 @@ class Federation:
         self.optimizer = ServerOptimizer(self.engine.adapter(), config.federation.server)
         self.codec: Codec | None = None
         self.moments: Tensor | None = None
+        self.mechanism = Mechanism.of(config, self.engine.layout, setting.partition)
         self.released = priors.Released()
         self.progress = Progress()
         self.warned = False  # of clients whose codec differs
@@ -161,14 +163,16 @@ class Federation:
             self.monitor.say(f"stopped: {self.progress.stopped}; round {number + 1} would exceed the target")
             return False
         with self.monitor.phase(f"round {number + 1} of {fed.rounds}: local training"):
-            mean = self.private_mean(spec)
+            mean = self.private_mean(spec, self.encode if self.mechanism.of_state else None)
         code = update = mean
         if not spec.each:
             code = self.adapt_clip(mean, spec)
             with self.watch.phase("codec"):
-                update = self.codec.decode(code, spec.mean_std)
+                update = self.codec.decode(code, spec.mean_std if self.config.codec.shrink else 0.0)
                 if "released" in self.config.codec.prior:
                     self.released.add(self.codec.decode(code), spec.mean_std, len(code))
+        if self.mechanism.of_state:  # what was sent is the way from zero to the new adapter
+            update = self.engine.adapter() + update
         with self.watch.phase("server"):
             try:
                 self.engine.load(self.optimizer.step(update))
@@ -195,6 +199,18 @@ class Federation:
             except FloatingPointError as error:
                 raise RunStopped(f"round {spec.round + 1}: {error}; the state after round {spec.round} is kept") from None
 
+    def encode(self, updates: Tensor) -> Tensor:
+        """What units send of their updates [units, n], before clip and noise: codes [units, size]."""
+        return self.codec.encode(updates - self.engine.adapter() if self.mechanism.of_state else updates)
+
+    def real_gradients(self, number: int) -> Tensor | None:
+        """Clients' raw gradients, where the codec is to learn from them: entered as the release that it is."""
+        if self.config.codec.prior != "real":
+            return None
+        entry = self.spec(1, number, "none", "real", 0, float("inf"), 0.0, noise_in="code").ledger_entry(self.noise.rng)
+        self.ledger.append(entry | {"mechanism": "raw"})
+        return real.gradients(self.setting, self.config, self.public_seed)
+
     def decode_one(self, code: Tensor) -> Tensor:
         """The update [n] that one message's code [k] stands for."""
         with self.watch.phase("codec"):
@@ -205,8 +221,9 @@ class Federation:
         if rows is None:
             return None
         with self.watch.phase("codec"):
-            seed = self.public_seed + self.progress.rounds
-            return priors.of_config(self.config, self.engine.layout, rows.fit, self.released, seed)
+            number = self.progress.rounds
+            real_rows = self.real_gradients(number)
+            return priors.of_config(self.config, self.engine.layout, rows.fit, self.released, self.public_seed + number, real_rows)
 
     def fit(self, prior: GaussianPrior | None, rows: public.PublicGradients | None) -> None:
         """Fit the codec to a prior, and take the clip norm from held-out public gradients."""
@@ -225,9 +242,8 @@ class Federation:
             first = self.progress.clip is None
             if self.config.privacy.enabled and (first or self.config.privacy.clip.mode == "fixed"):
                 whole = self.config.privacy.noise_in == "update"
-                self.progress.clip = public.clip_norm(
-                    rows, (lambda updates: updates) if whole else self.codec.encode, self.config, self.unit_examples
-                )
+                encode = (lambda updates: updates) if whole else self.encode
+                self.progress.clip = public.clip_norm(rows, encode, self.config, self.unit_examples, max(1, len(self.mechanism.groups)))
             self.checkpoints.save_codec(self.codec, self.progress.codec)
             self.hand_over(Announcement(self.progress.codec, self.progress.rounds, size, noise_std, self.public_seed), rows)
 
@@ -297,6 +313,8 @@ class Federation:
             bits=config.codec.bits,
             bit_weight=bit_weight,
             each=stage == 2 and config.codec.decode == "each",
+            groups=self.mechanism.groups if stage == 2 else (),
+            weights=self.mechanism.weights if stage == 2 else None,
         )
 
     @property

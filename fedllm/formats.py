@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 
 def bytes_text(count: float | None) -> str:
@@ -55,6 +57,11 @@ def delta_text(delta: float) -> str:
     """A small probability: 1e-4, 2.5e-5, 0."""
     mantissa, _, exponent = f"{delta:.3e}".partition("e")
     return "0" if delta == 0 else f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def claim_meaning(claimed: Mapping[str, Any]) -> str:
+    """What a published method's claimed epsilon is worth: its delta and how the paper gets it."""
+    return f"as published, δ {delta_text(claimed['delta'])}: {claimed['statement']}"
 
 
 def why_text(why: str | list[str] | None) -> str:

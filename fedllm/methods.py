@@ -8,20 +8,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedllm.errors import UserError
+from fedllm.privacy.claims import CALIBRATIONS, EXACT, SOUND
+from fedllm.privacy.groups import GROUPS, JOINT
 from fedllm.schema import GENERATED, Config
-from fedllm.validate import one_of
+from fedllm.validate import in_range, one_of
 
 
 @dataclass(frozen=True)
 class Method:
     """A published system or a baseline.
 
+    name: as papers call it; `name:variant` for another form of it. `:published` is the mechanism to the letter, the plain name the
+    corrected one.
     parts: config keys the method fixes, `section.key` -> value; all else stays the user's.
+    claim: how the paper gets the epsilon that it states, for a method that is held to this figure; None: to the true one.
     """
 
     name: str
     summary: str
     parts: dict[str, Any] = field(default_factory=dict)
+    claim: str | None = None
 
 
 METHODS: dict[str, Method] = {}
@@ -33,37 +39,113 @@ def register(method: Method) -> Method:
     return method
 
 
+NO_CODEC = {"codec.family": "identity", "codec.code_size": None}
+UNSHRUNK = {"codec.shrink": False, "codec.bits": 32}  # what arrives is averaged as it is
+PER_MATRIX = "sigma = C sqrt(2 ln(1.25/delta))/epsilon for each matrix in each round; matrices, rounds and replacement are not composed"
+
 register(Method("dr_encoder", "code, clip, noise in the code, decode the mean once (arXiv 2412.17053, corrected)"))
+register(Method("full_noise", "no codec: noise in all n coordinates", NO_CODEC | {"codec.bits": 8}))
+register(Method("fedit", "plain federated LoRA, no codec and no privacy", NO_CODEC | {"codec.bits": 32, "privacy.enabled": False}))
 register(
     Method(
-        "full_noise",
-        "no codec: noise in all n coordinates",
-        {"codec.family": "identity", "codec.code_size": None, "codec.bits": 8},
+        "cg_fedllm",
+        "auto-encoder of public gradients, mean code decoded once (arXiv 2405.13746, corrected)",
+        {"codec.family": "autoencoder", "codec.code_size": None, "codec.prior": "public", "codec.decode": "mean"},
     )
 )
 register(
     Method(
-        "fedit",
-        "plain federated LoRA, no codec and no privacy",
-        {"codec.family": "identity", "codec.code_size": None, "codec.bits": 32, "privacy.enabled": False},
+        "cg_fedllm:published",
+        "auto-encoder of clients' raw gradients, every message decoded, weighted by examples (arXiv 2405.13746)",
+        {
+            "codec.family": "autoencoder",
+            "codec.code_size": None,
+            "codec.prior": "real",
+            "codec.refresh": 0,
+            "codec.decode": "each",
+            "federation.weights": "examples",
+            "privacy.noise": "local",
+            "privacy.clip.norm": 1.0,
+            "privacy.calibration": "gdp",
+        }
+        | UNSHRUNK,
+        "Gaussian DP by the central limit theorem at sensitivity 1; what the auto-encoder has learnt is not counted",
     )
 )
+register(
+    Method(
+        "dp_lora",
+        "clients noise their own clipped gradient, one joint clip of A and B (arXiv 2312.17493, corrected)",
+        NO_CODEC | {"federation.local.steps": 1, "privacy.noise": "local"},
+    )
+)
+register(
+    Method(
+        "dp_lora:published",
+        "A and B of every layer clipped and noised apart, weighted by examples (arXiv 2312.17493)",
+        NO_CODEC
+        | UNSHRUNK
+        | {
+            "federation.local.steps": 1,
+            "federation.weights": "examples",
+            "privacy.noise": "local",
+            "privacy.clip.groups": "matrix",
+            "privacy.calibration": "classic",
+        },
+        PER_MATRIX,
+    )
+)
+register(
+    Method(
+        "dp_fedlora",
+        "clients noise their own adapter's change, one joint clip (arXiv 2509.09097, corrected)",
+        NO_CODEC | {"privacy.noise": "local"},
+    )
+)
+register(
+    Method(
+        "dp_fedlora:published",
+        "every matrix of the adapter itself, not of its change, clipped and noised apart (arXiv 2509.09097)",
+        NO_CODEC
+        | UNSHRUNK
+        | {
+            "federation.server.optimizer": "sgd",
+            "federation.server.lr": 1.0,
+            "privacy.noise": "local",
+            "privacy.clip.groups": "matrix",
+            "privacy.clip.of": "state",
+            "privacy.calibration": "classic",
+        },
+        PER_MATRIX,
+    )
+)
+register(Method("ffa_lora", "A stays at its start: exact averaging, half the upload (arXiv 2403.12313)", NO_CODEC | {"lora.train": "b"}))
+register(
+    Method(
+        "anadp",
+        "more room for factors of larger private moments, less noise for them (after arXiv 2410.02912)",
+        {"codec.family": "allocation", "codec.code_size": None, "codec.prior": "moments"},
+    )
+)
+register(Method("user_level", "users inside a few large clients, no codec (arXiv 2407.07737)", NO_CODEC | {"privacy.unit": "user"}))
 
 # What a codec may be fitted on. ROWS stands for public gradients, alone or mixed with what costs nothing either.
 ROWS = "public[+released][+random]"
 ROW_PARTS = ("public", "released", "random")
+REAL = "real"  # clients' own raw gradients: wherever rows may stand, but never private
 PRIORS_OF = {
-    "linear": (ROWS, "moments"),
-    "kronecker": (ROWS, "moments"),
-    "coordinate": (ROWS, "moments"),
-    "chain": (ROWS,),
-    "autoencoder": ("moments", ROWS),
+    "linear": (ROWS, "moments", REAL),
+    "kronecker": (ROWS, "moments", REAL),
+    "coordinate": (ROWS, "moments", REAL),
+    "allocation": ("moments", ROWS, REAL),
+    "chain": (ROWS, REAL),
+    "autoencoder": ("moments", ROWS, REAL),
     "sketch": ("none",),
     "identity": ("none",),
     "topk": ("none",),
     "powersgd": ("none",),
 }
-FIXED_SIZE = ("autoencoder", "identity")  # families that fix the code's size
+FIXED_SIZE = ("autoencoder", "identity", "allocation")  # families that fix the code's size
 FREE_OF_PRIOR = ("sketch", "identity", "topk", "powersgd")
 NOT_SUMMABLE = ("topk", "powersgd")  # a code stands for its own update alone: no sum of codes, hence no privacy
 
@@ -71,13 +153,17 @@ NOT_SUMMABLE = ("topk", "powersgd")  # a code stands for its own update alone: n
 def apply_method(config: Config) -> Config:
     """The config with the parts that its method fixes.
 
-    Raises UserError for a method that does not exist.
+    Raises UserError for a method, or a variant of one, that does not exist.
     """
-    one_of("method", config.method, tuple(METHODS))
+    base = config.method.partition(":")[0]
+    one_of("method", config.method, [name for name in METHODS if name.partition(":")[0] == base] or tuple(METHODS))
     config = copy.deepcopy(config)
     for key, value in METHODS[config.method].parts.items():
-        section, name = key.split(".")
-        setattr(getattr(config, section), name, value)
+        *sections, name = key.split(".")
+        part = config
+        for section in sections:
+            part = getattr(part, section)
+        setattr(part, name, value)
     if not config.privacy.enabled:
         config.codec.bits = 32  # without a clip there is no public range to lay a lattice over
     if config.codec.family in FREE_OF_PRIOR:
@@ -87,6 +173,14 @@ def apply_method(config: Config) -> Config:
     return config
 
 
+def claim_of(config: Config) -> dict[str, Any] | None:
+    """The epsilon a published method states of itself, {epsilon, delta, statement}; None where the true one is what is promised."""
+    statement, target = METHODS[config.method].claim, config.privacy.target
+    if statement is None or not config.privacy.enabled:
+        return None
+    return {"epsilon": target.epsilon, "delta": target.delta, "statement": statement}
+
+
 def check_combination(config: Config) -> None:
     """Raise UserError for parts that make no sense together."""
     codec, privacy, fed = config.codec, config.privacy, config.federation
@@ -94,6 +188,7 @@ def check_combination(config: Config) -> None:
     check_prior(config)
     check_fit_at(config)
     check_public(config)
+    check_mechanism(config)
     if codec.family in FIXED_SIZE:
         if codec.code_size is not None:
             raise UserError(f"codec.code_size={codec.code_size}: expected null with codec.family={codec.family}, which fixes it")
@@ -148,6 +243,48 @@ def check_combination(config: Config) -> None:
         raise UserError("federation.partition.kind=dirichlet: expected iid or column with privacy.unit=user")
 
 
+def check_mechanism(config: Config) -> None:
+    """Raise UserError for a clip, a noise formula or weights that do not fit the rest, or that only a published claim may have."""
+    codec, privacy, clip, weights = config.codec, config.privacy, config.privacy.clip, config.federation.weights
+    one_of("privacy.clip.groups", clip.groups, tuple(GROUPS))
+    one_of("privacy.clip.of", clip.of, ("update", "state"))
+    one_of("privacy.calibration", privacy.calibration, CALIBRATIONS)
+    one_of("federation.weights", weights, ("uniform", "examples"))
+    in_range("codec.real_share", codec.real_share, 0, 1, open_low=True)
+    if not privacy.enabled:
+        return
+    if clip.groups != JOINT and (clip.mode == "adaptive" or (codec.family != "identity" and privacy.noise_in != "update")):
+        raise UserError(
+            f"privacy.clip.groups={clip.groups}: expected privacy.clip.mode=fixed, and codec.family=identity or privacy.noise_in=update; "
+            "groups are coordinates of the update"
+        )
+    if clip.of == "state" and (codec.family != "identity" or privacy.noise_in == "update" or clip.mode == "adaptive"):
+        raise UserError("privacy.clip.of=state: expected codec.family=identity, privacy.noise_in=code and privacy.clip.mode=fixed")
+    if privacy.calibration != EXACT and (codec.prior == "moments" or privacy.target.adversary == "server"):
+        raise UserError(
+            f"privacy.calibration={privacy.calibration}: expected {EXACT} with codec.prior={codec.prior} and "
+            f"privacy.target.adversary={privacy.target.adversary}; the others solve for one kind of release alone"
+        )
+    published = claim_of(config) is not None
+    if privacy.calibration not in SOUND and not published:
+        raise UserError(
+            f"privacy.calibration={privacy.calibration}: expected one of {', '.join(SOUND)}, or a :published method; "
+            "its noise can be too little for the target"
+        )
+    if codec.prior == REAL and not published:
+        raise UserError(f"codec.prior={REAL}: expected another with privacy.enabled=true; its training set is a release without noise")
+    if weights != "uniform" and not published:
+        raise UserError(
+            f"federation.weights={weights}: expected uniform with privacy.enabled=true; the heaviest client would move the sum most, "
+            "which only a :published method may claim otherwise"
+        )
+    if weights != "uniform" and (privacy.noise != "local" or privacy.unit != "client" or (codec.decode == "each" and codec.prior != REAL)):
+        raise UserError(
+            f"federation.weights={weights}: expected privacy.noise=local, privacy.unit=client and codec.decode=mean; "
+            "a stand-in for an absent client would show by its weight"
+        )
+
+
 def check_prior(config: Config) -> None:
     """Raise UserError for a prior that its codec cannot use, or for weights that do not fit it."""
     codec = config.codec
@@ -167,6 +304,8 @@ def check_fit_at(config: Config) -> None:
     one_of("codec.fit_at", codec.fit_at, ("server", "client"))
     if codec.fit_at == "client" and codec.prior == "moments":
         raise UserError("codec.fit_at=client: expected server with codec.prior=moments; clients do not hold the noisy moments of stage 1")
+    if codec.fit_at == "client" and codec.prior == REAL:
+        raise UserError(f"codec.fit_at=client: expected server with codec.prior={REAL}; clients do not hold one another's gradients")
     if codec.fit_at == "client" and "released" in codec.prior.split("+"):
         raise UserError(
             f"codec.fit_at=client: expected server with codec.prior={codec.prior}; a client would need every code released so far "

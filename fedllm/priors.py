@@ -1,6 +1,7 @@
 """The prior of a fit: public gradients, what was released so far, fresh random directions, or a mixture. None of them costs privacy.
 
 A prior is named by its parts, joined by '+': `public+released+random`. A part is one function here and one line in ROW_PRIORS.
+`real` stands alone: clients' raw gradients, as CG-FedLLM has it. It is a release without noise.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from dr_encoder.layout import AdapterLayout
-from dr_encoder.priors import GaussianPrior, from_public_gradients, from_released, mixture, random_directions
+from dr_encoder.priors import GaussianPrior, from_public_gradients, from_released, from_rows, mixture, random_directions
 from fedllm.schema import GENERATED, Config
 
 RANDOM_ROWS = 16
+REAL_COST = "everything: raw gradients of private data"
 MOST_RELEASED = 20  # rounds that are remembered
 
 
@@ -49,7 +51,7 @@ class Released:
 class Given:
     """What a prior may be made of: gradients of public text at the model as it stands, released updates, a public seed.
 
-    generated: whether the base model wrote that text.
+    generated: whether the base model wrote that text. real: clients' own gradients, for `real` alone.
     """
 
     layout: AdapterLayout
@@ -57,6 +59,7 @@ class Given:
     released: Released
     seed: int
     generated: bool = False
+    real: Tensor | None = None
 
 
 def _public(given: Given) -> GaussianPrior:
@@ -77,19 +80,26 @@ def _random(given: Given) -> GaussianPrior:
     return random_directions(given.layout, RANDOM_ROWS, given.seed, _public(given).std)
 
 
+def _real(given: Given) -> GaussianPrior:
+    return from_rows("real", given.layout, given.real, REAL_COST, "clients' gradients")
+
+
 ROW_PRIORS: dict[str, tuple[Callable[[Given], GaussianPrior | None], float]] = {  # name -> (how it is made, its weight unless set)
     "public": (_public, 1.0),
     "released": (_released, 1.0),
     "random": (_random, 0.05),
+    "real": (_real, 1.0),
 }
 
 
-def of_config(config: Config, layout: AdapterLayout, public: Tensor, released: Released, seed: int) -> GaussianPrior | None:
+def of_config(
+    config: Config, layout: AdapterLayout, public: Tensor, released: Released, seed: int, real: Tensor | None = None
+) -> GaussianPrior | None:
     """What the config's codec is fitted on, or None for a family that needs no prior. Arguments as of `Given`."""
     codec = config.codec
     if codec.prior == "none":
         return None
-    return build(codec.prior, codec.weights, Given(layout, public, released, seed, config.task.public == GENERATED))
+    return build(codec.prior, codec.weights, Given(layout, public, released, seed, config.task.public == GENERATED, real))
 
 
 def build(name: str, weights: list[float] | None, given: Given) -> GaussianPrior:

@@ -38,10 +38,13 @@ def gradients(setting: Setting, config: Config, seed: int, number: int) -> Publi
     return PublicGradients(rows[held_out:], rows[:held_out])
 
 
-def clip_norm(rows: PublicGradients | None, encode: Callable[[Tensor], Tensor], config: Config, per_unit: int = 4) -> float:
-    """The clip norm C: as configured, or the quantile of the norms of public pseudo-units' vectors.
+def clip_norm(
+    rows: PublicGradients | None, encode: Callable[[Tensor], Tensor], config: Config, per_unit: int = 4, groups: int = 1
+) -> float:
+    """The clip norm C: as configured, or the quantile of the norms of public pseudo-units' vectors, shared out over the clip groups.
 
-    per_unit: examples of a typical unit.
+    per_unit: examples of a typical unit. With C / sqrt(groups) for each of `groups` >= 1 groups the sensitivity, and with it the noise,
+    is that of one joint clip.
     """
     norm = config.privacy.clip.norm
     if norm != "auto":
@@ -50,7 +53,7 @@ def clip_norm(rows: PublicGradients | None, encode: Callable[[Tensor], Tensor], 
     found = float(vectors.double().norm(dim=1).quantile(config.privacy.clip.quantile))
     if not 0 < found < float("inf"):
         raise UserError(f"privacy.clip.norm=auto: public gradients give {found}; expected a number in privacy.clip.norm")
-    return found
+    return found / groups**0.5
 
 
 def pseudo_units(rows: PublicGradients, per_unit: int) -> Tensor:

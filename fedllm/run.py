@@ -22,11 +22,13 @@ from fedllm.checkpoint import Checkpoints, write_json, write_whole
 from fedllm.config import load_config, save_config
 from fedllm.errors import UserError
 from fedllm.federation import Federation, Progress, public_seed, sampling_rate
+from fedllm.methods import claim_of
 from fedllm.models import resolve_dtype, save_adapter
 from fedllm.monitor import Monitor, open_display
-from fedllm.privacy import adversaries
+from fedllm.privacy import adversaries, claims
 from fedllm.privacy.calibration import Calibration, calibrate_release, calibrate_server, update_multiplier
 from fedllm.privacy.events import sum_multiplier
+from fedllm.privacy.groups import clip_groups
 from fedllm.privacy.ledger import PART_NAME, Ledger
 from fedllm.privacy.noise import default_max_cohort
 from fedllm.schema import Config
@@ -191,6 +193,14 @@ def calibrate(config: Config, setting: Setting) -> Calibration | None:
     warmup = config.codec.warmup_rounds if config.codec.prior == "moments" else 0
     shares = fed.max_cohort if by_client else fed.clients
     target = privacy.target
+    # Where every message is decoded on its own, only its own noise counts: as if one share were the whole sum's.
+    noise = "distributed" if config.codec.decode == "each" else privacy.noise
+    if privacy.calibration == claims.CLASSIC:
+        groups = clip_groups(setting.engine.layout, privacy.clip.groups)
+        return Calibration(None, claims.classic_multiplier(target.epsilon, target.delta, len(groups)), target.epsilon)
+    if privacy.calibration != claims.EXACT:
+        of_sum = claims.accountant_multiplier(privacy.calibration, target.epsilon, target.delta, fed.rounds, sampling_rate(config))
+        return Calibration(None, of_sum / sum_multiplier(noise, 1.0, shares), target.epsilon)
     if target.adversary == "server":
         found = calibrate_server(target.epsilon, target.delta, warmup, fed.rounds, privacy.noise, shares, privacy.stage1_share)
     else:
@@ -203,8 +213,7 @@ def calibrate(config: Config, setting: Setting) -> Calibration | None:
             setting.partition.unit_count,
             fed.max_cohort if by_client else None,
             privacy.stage1_share,
-            # Where every message is decoded on its own, only its own noise counts: as if one share were the whole sum's.
-            noise="distributed" if config.codec.decode == "each" else privacy.noise,
+            noise=noise,
             shares=shares,
         )
     if privacy.clip.mode == "adaptive":
@@ -216,6 +225,7 @@ def why_not_private(config: Config, setting: Setting) -> list[str]:
     """Everything that makes the run's epsilon no promise."""
     reasons = {
         "privacy disabled": not config.privacy.enabled,
+        adversaries.PUBLISHED: claim_of(config) is not None,
         "fixed seed": config.seed is not None,
         "records shared": setting.partition.shared,
     }
@@ -234,6 +244,7 @@ def ledger_header(config: Config, run_id: str, setting: Setting, calibration: Ca
         "units": setting.partition.unit_count,
         "unit": config.privacy.unit,
         "target": dataclasses.asdict(config.privacy.target),
+        "claimed": claim_of(config),
         "planned_rounds": config.federation.rounds,
         "noise_multipliers": {
             "stage1": calibration.stage1_multiplier if calibration else None,
@@ -273,7 +284,8 @@ def gather(
             "delta": config.privacy.target.delta,
             "unit": config.privacy.unit,
             "private": header["private"],
-            "why_not_private": header["why_not_private"],
+            "why_not_private": adversaries.privacy_marks(header, entries)[1],
+            "claimed": header.get("claimed"),
             "release": adversaries.epsilon_release(header, entries).as_json(),
             "server": adversaries.epsilon_server(header, entries).as_json(),
         },

@@ -79,6 +79,7 @@ class FederationConfig:
     max_cohort: int | None = None
     unit_sampling_rate: float | None = None
     rounds: int = 10
+    weights: str = "uniform"  # uniform | examples (by each client's number; under privacy :published methods alone)
     transport: str = "simulation"
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
@@ -100,6 +101,8 @@ class CodecConfig:
     warmup_rounds: int = 2  # stage 1 (prior: moments)
     warmup_public_steps: int = 3  # steps on public text before stage 1: at LoRA's start B = 0 and A's gradient is exactly zero
     fit_steps: int = 200  # auto-encoder
+    shrink: bool = True  # of a noisy mean code each number by its prior variance, where that is known: free post-processing
+    real_share: float = 0.3  # prior: real, of the units, on whose raw gradients the codec is fitted: never private
     error_feedback: bool = False  # lossy codecs without privacy: a client adds what its last code dropped
 
 
@@ -113,10 +116,12 @@ class TargetConfig:
 @dataclass
 class ClipConfig:
     mode: str = "fixed"  # fixed | adaptive
-    norm: Any = "auto"  # auto: the median norm of public pseudo-units' codes; or a number
+    norm: Any = "auto"  # auto: the median norm of public pseudo-units' codes, shared out over the groups; or a number, of each group
     quantile: float = 0.5
     lr: float = 0.2
     bit_multiplier: float = 10.0  # noise multiplier of the adaptive clip's bits
+    groups: str = "joint"  # joint | matrix | layer | kind (all A, all B, a head): what is clipped to the norm together
+    of: str = "update"  # update | state (the new adapter itself, as DP-FedLoRA has it)
 
 
 @dataclass
@@ -127,6 +132,7 @@ class PrivacyConfig:
     noise: str = "distributed"  # distributed | local | central
     noise_in: str = "code"  # code | update
     clip: ClipConfig = field(default_factory=ClipConfig)
+    calibration: str = "exact"  # exact | pld | rdp | rdp_classic; a :published method also classic, gdp, edgeworth_1 ...
     stage1_share: float = 0.05
 
 

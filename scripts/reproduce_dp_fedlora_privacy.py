@@ -24,6 +24,7 @@ from typing import Any
 
 from fedllm.privacy import accountants
 from fedllm.privacy.accountants.gdp import gdp_mu
+from fedllm.privacy.claims import classic_multiplier
 from fedllm.privacy.events import ADD_REMOVE, REPLACE_ONE, GaussianEvent
 
 NAME = "dp_fedlora_privacy"
@@ -58,11 +59,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"written: {options.out / NAME}.md, .json", file=sys.stderr)
 
 
-def classical_multiplier(epsilon: float, delta: float) -> float:
-    """sigma / C of the classical formula sqrt(2 ln(1.25/delta))/epsilon, which is proven for epsilon < 1 only."""
-    return math.sqrt(2 * math.log(1.25 / delta)) / epsilon
-
-
 def true_epsilon(multiplier: float, releases: int, delta: float, relation: str) -> float:
     """Exact epsilon of so many clipped and noised matrices of one client, in any number of rounds."""
     answer = accountants.create("gdp", relation).compose(GaussianEvent(multiplier), releases).epsilon(delta)
@@ -73,7 +69,7 @@ def likely_delta(setting: Setting) -> float:
     """The power of ten at which one matrix comes closest to its known epsilon."""
 
     def distance(delta: float) -> float:
-        multiplier = classical_multiplier(setting.epsilon, delta)
+        multiplier = classic_multiplier(setting.epsilon, delta)
         return abs(true_epsilon(multiplier, 1, delta, ADD_REMOVE) - setting.one_matrix)
 
     return min(DELTAS, key=distance)
@@ -82,7 +78,7 @@ def likely_delta(setting: Setting) -> float:
 def reproduce(setting: Setting) -> dict[str, Any]:
     """The setting, what follows from it, and one row for each scope from one matrix to the whole run."""
     delta = likely_delta(setting)
-    multiplier = classical_multiplier(setting.epsilon, delta)
+    multiplier = classic_multiplier(setting.epsilon, delta)
     expected = setting.rounds * setting.clients_per_round // setting.clients
     scopes = [
         ("one matrix, one round", 1, setting.epsilon),

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from fedllm.formats import epsilon_text
 from fedllm.privacy import accountants
 from fedllm.privacy.answers import BOUND, PrivacyAnswer
 from fedllm.privacy.events import (
@@ -30,6 +31,10 @@ from fedllm.privacy.ledger import counted
 # for by noise-only messages).
 _RELEASED_MULTIPLIER = {"gaussian": sum_multiplier, "gaussian_each": message_multiplier}
 
+# Mechanisms that no noise stands behind: whatever else a run does, there is no figure.
+_WITHOUT_NOISE = {"raw": "the codec is trained on clients' raw gradients, a release without noise"}
+
+PUBLISHED = "published accounting"  # a reason in the header; `privacy_marks` puts the claim and the truth in its place
 SHARE_ALONE = "each message is protected by its own noise share alone: the transport does not aggregate securely"
 TRUSTED = "none: trusted"
 NO_NOISE = "no noise"
@@ -46,6 +51,8 @@ def epsilon_release(header: dict, entries: list[dict], accountant: str = "pld") 
     """
     if _disabled(header):
         return _none(header, "release", ADD_REMOVE, accountant, NO_NOISE)
+    if without_noise(entries):
+        return _none(header, "release", ADD_REMOVE, accountant, without_noise(entries))
     collected, uncut = accountants.create(accountant, ADD_REMOVE), False
     for entry in counted(entries):
         event = _release_event(header, entry)
@@ -71,6 +78,8 @@ def epsilon_server(header: dict, entries: list[dict], participations: int | None
     """
     if _disabled(header):
         return _none(header, "server", REPLACE_ONE, "gdp", NO_NOISE)
+    if without_noise(entries):
+        return _none(header, "server", REPLACE_ONE, "gdp", without_noise(entries))
     multipliers = []
     for entry in counted(entries):
         _check_entry(header, entry)
@@ -118,11 +127,27 @@ def by_stage(entries: list[dict]) -> dict[str, list[dict]]:
     return {name: part for name, part in parts.items() if part}
 
 
-def privacy_marks(header: dict) -> tuple[bool, list[str]]:
-    """(private, why not), which stand beside every figure: e.g. (False, ['fixed seed', 'records shared'])."""
+def without_noise(entries: list[dict]) -> str | None:
+    """Why these releases have no epsilon at all, where something was released as it is."""
+    return next((_WITHOUT_NOISE[entry["mechanism"]] for entry in entries if entry["mechanism"] in _WITHOUT_NOISE), None)
+
+
+def privacy_marks(header: dict, entries: list[dict] | None = None) -> tuple[bool, list[str]]:
+    """(private, why not), which stand beside every figure: e.g. (False, ['fixed seed', 'records shared']).
+
+    entries: what was released; a claim is then contrasted with what is true of it.
+    """
     why = header["why_not_private"] or []
     why = [why] if isinstance(why, str) else list(why)
+    if entries is not None and header.get("claimed"):
+        why = [_contrast(header, entries) if reason == PUBLISHED else reason for reason in why]
     return bool(header["private"]) and not why, why
+
+
+def _contrast(header: dict, entries: list[dict]) -> str:
+    claimed = epsilon_text(header["claimed"]["epsilon"])
+    release, server = (epsilon_text(found(header, entries).epsilon) for found in (epsilon_release, epsilon_server))
+    return f"published: claims {claimed}, true is {release} (release), {server} (server)"
 
 
 def _disabled(header: dict) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from dr_encoder import codecs
 from dr_encoder.codecs import CODECS
+from dr_encoder.codecs.allocation import AllocationCodec
 from dr_encoder.codecs.base import wiener_gain
 from dr_encoder.codecs.coordinate import CoordinateCodec
 from dr_encoder.codecs.linear import LinearCodec, principal_subspace
@@ -20,11 +21,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LAYOUT = AdapterLayout.of([("A", torch.zeros(8, 25)), ("B", torch.zeros(25, 4)), ("head", torch.zeros(40))])
 N = LAYOUT.size
 SCALE = LAYOUT.spread(torch.tensor([1.0, 0.2, 3.0]))
-FIXED = {"identity": N, "autoencoder": None, "powersgd": None}  # families that fix the code size; None: to their own
+FIXED = {"identity": N, "allocation": N, "autoencoder": None, "powersgd": None}  # families that fix the code size; None: to their own
 SEEDED = {"autoencoder", "sketch", "powersgd"}  # families in which the seed always decides something
 SEEDED_IF_DIAGONAL = {"coordinate", "linear", "kronecker"}  # ties between coordinates of a factor
 PRIOR_BLIND = {"sketch", "topk", "powersgd"}  # families that fit the same whatever the prior
-ONE_SIZE = {"identity"}
+ONE_SIZE = {"identity", "allocation"}
 NEEDS_ROWS = {"chain"}
 CASES = [(f, s) for f in sorted(CODECS) for s in ("samples", "diagonal") if s == "samples" or f not in NEEDS_ROWS]
 
@@ -309,3 +310,37 @@ def test_gain_lowers_the_error():
 
 def test_gain_of_a_prior_without_variance_is_finite():
     assert torch.isfinite(wiener_gain(torch.ones(3), 0.5, torch.zeros(3))).all()
+
+
+# -- allocation ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_allocation_is_the_best_split_of_clip_and_noise():
+    """Energy to fit under the clip times energy of the noise that comes back: Cauchy's bound, which no other split of scales passes."""
+    codec, moments = fit("allocation", "diagonal"), make_prior("diagonal").variance().double()
+    bound = float(moments.sqrt().sum()) ** 2
+
+    def product(scale: torch.Tensor) -> float:
+        return float((moments / scale.square()).sum() * scale.square().sum())
+
+    assert product(codec.scale.double()) == pytest.approx(bound, rel=1e-6)
+    assert float(codec.scale.double().square().mean()) == pytest.approx(1, rel=1e-6)
+    assert product(torch.ones(N)) > 1.2 * bound
+    for power in (0.125, 0.5):
+        assert product(moments**power) > 1.001 * bound
+
+
+def test_allocation_loses_nothing_and_knows_its_noise():
+    codec, updates = fit("allocation"), rows(9, 4)
+    assert torch.allclose(codec.decode(codec.encode(updates)[0]), updates[0], rtol=1e-5)
+    energy = codec.encode(rows(2, 400)).square().mean(0)  # of a code's numbers, factor by factor, as the prior has it
+    for factor in LAYOUT.factors:
+        where = slice(factor.offset, factor.stop)
+        assert float(energy[where].mean()) == pytest.approx(float(codec.variance[where].mean()), rel=0.1)
+
+
+def test_allocation_lets_a_factor_without_moments_through_and_refuses_a_prior_of_nothing():
+    codec = AllocationCodec.fit(from_moments(LAYOUT, torch.zeros(3), torch.tensor([1.0, 0.0, 1.0])), LAYOUT, None, 0.0, 0)
+    assert torch.allclose(codec.decode(codec.encode(rows(9, 1))[0]), rows(9, 1)[0], rtol=1e-4)
+    with pytest.raises(ValueError, match="nothing to share"):
+        AllocationCodec.fit(from_moments(LAYOUT, torch.zeros(3), torch.zeros(3)), LAYOUT, None, 0.0, 0)

@@ -48,6 +48,17 @@ def test_markdown(folders):
     assert [line.strip() for line in lines if line.startswith("ε release:")] == [release]
 
 
+def test_a_claim_stands_beside_the_truth(fake_results, run_folder, folders):
+    claiming = fake_results("dp_lora:published", epsilon=34.6, why=["published: claims 8.00, true is 34.60 (release), 900 (server)"])
+    claiming["epsilon"]["claimed"] = {"epsilon": 8.0, "delta": 1e-4, "statement": "sigma = C sqrt(2 ln(1.25/delta))/epsilon"}
+    text = compare.markdown(compare.load_runs([folders[0], run_folder("published", claiming)]))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert ["ε claimed", "-", "8.00"] in rows and ["ε release", "8.00", "34.60"] in rows
+    assert ["private", "yes", "no: published: claims 8.00, true is 34.60 (release), 900 (server)"] in rows
+    assert "ε claimed by dp_lora:published: as published, δ 1e-4: sigma = C sqrt(2 ln(1.25/delta))/epsilon." in text
+    assert "claimed" not in compare.markdown(compare.load_runs(folders[:1]))
+
+
 def test_text_runs_are_compared_by_loss(fake_results, run_folder, tmp_path):
     folders = [run_folder("a", fake_results(accuracy=None)), run_folder("b", fake_results(accuracy=None, up=900))]
     compare.compare(folders, tmp_path / "out")

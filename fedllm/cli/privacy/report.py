@@ -12,7 +12,7 @@ import typer
 
 from fedllm.cli.output import JsonFlag, expect_run, print_json, print_table
 from fedllm.errors import UserError
-from fedllm.formats import delta_text, epsilon_text
+from fedllm.formats import claim_meaning, delta_text, epsilon_text
 
 PLOT_NAME = "epsilon.png"
 
@@ -64,13 +64,14 @@ def run_report(name: str, header: dict[str, Any], entries: list[dict[str, Any]])
     from fedllm.privacy.ledger import counted
 
     spent = counted(entries)
-    private, why = privacy_marks(header)
+    private, why = privacy_marks(header, entries)
     took_part = {times: epsilon_server(header, entries, times).as_json() for times in participations(len(spent))}
     return {
         "run": name,
         "private": private,
         "why_not_private": why,
         "target": header["target"],
+        "claimed": header.get("claimed"),
         "planned_rounds": header["planned_rounds"],
         "stage1_releases": sum(entry["stage"] in adversaries.STAGE1 for entry in spent),
         "stage2_releases": sum(entry["stage"] not in adversaries.STAGE1 for entry in spent),
@@ -113,6 +114,7 @@ def _composed(runs: Sequence[tuple[str, dict, list[dict]]]) -> dict[str, Any]:
     why = sorted({reason for header in headers for reason in _reasons(header)})
     merged = headers[0] | {
         "target": headers[0]["target"] | {"delta": min(header["target"]["delta"] for header in headers)},
+        "claimed": None,
         "planned_rounds": sum(header["planned_rounds"] for header in headers),
         "private": all(header["private"] for header in headers),
         "why_not_private": why,
@@ -138,6 +140,8 @@ def report_rows(report: dict[str, Any]) -> list[list[str] | None]:
     rows: list[list[str] | None] = []
     for adversary in ("release", "server"):
         rows.append([f"{adversary} adversary", epsilon_text(report[adversary]["epsilon"]), _meaning(report[adversary])])
+    if report["claimed"] is not None:
+        rows.append(["claimed", epsilon_text(report["claimed"]["epsilon"]), claim_meaning(report["claimed"])])
     if len(report["stages"]) > 1:
         for stage in report["stages"]:
             figures = f"release; server {epsilon_text(stage['server']['epsilon'])}"
@@ -150,7 +154,7 @@ def report_rows(report: dict[str, Any]) -> list[list[str] | None]:
             times = "once" if part["times"] == 1 else f"{part['times']} times"
             rows.append([f"server, took part {times}", epsilon_text(part["epsilon"]), ""])
     target = report["target"]
-    if target is not None and report["release"]["epsilon"] is not None:
+    if target is not None and report["claimed"] is None and report["release"]["epsilon"] is not None:
         rows.append(["target", epsilon_text(target["epsilon"]), f"{target['adversary']} adversary"])
     if not report["private"]:
         rows += [

@@ -6,6 +6,7 @@ import pytest
 
 from fedllm import cli
 from fedllm.cli.privacy.report import participations
+from fedllm.formats import epsilon_text
 from fedllm.privacy import accountants
 from fedllm.privacy.adversaries import epsilon_release, epsilon_server
 from fedllm.privacy.ledger import Ledger, read_ledger
@@ -117,6 +118,37 @@ def test_not_private(ledger_folder, capsys):
     assert run["release"]["epsilon"] is None and run["why_not_private"] == ["privacy disabled"]
     assert cli.run(["privacy", "report", str(folder)]) == 0
     assert "no: privacy disabled" in capsys.readouterr().out
+
+
+CLAIM = {"epsilon": 25.0, "delta": 1e-4, "statement": "one matrix in one round"}
+PUBLISHED = {"claimed": CLAIM, "private": False, "why_not_private": ["published accounting"]}
+
+
+def test_a_claim_stands_beside_the_truth(ledger_folder, capsys):
+    folder = ledger_folder("run", **PUBLISHED)
+    run = report(capsys, folder)["runs"][0]
+    assert run["claimed"] == CLAIM
+    truth, server = epsilon_text(run["release"]["epsilon"]), epsilon_text(run["server"]["epsilon"])
+    assert run["why_not_private"] == [f"published: claims 25.00, true is {truth} (release), {server} (server)"]
+    assert cli.run(["privacy", "report", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "as published, δ 1e-4: one matrix in one round" in shown and f"claims 25.00, true is {truth}" in shown
+
+
+def test_what_was_released_raw_has_no_figure_whatever_else_was_noised(ledger_folder, capsys):
+    folder = ledger_folder("run", **PUBLISHED)
+    with Ledger.open(folder / "ledger.jsonl") as ledger:
+        ledger.append(ENTRY | {"stage": "stage1", "round": 0, "mechanism": "raw", "noise_multiplier": 0.0})
+    run = report(capsys, folder)["runs"][0]
+    for answer in (run["release"], run["server"], *run["accountants"]):
+        assert answer["epsilon"] is None and "raw gradients" in answer["reason"]
+    assert run["why_not_private"] == ["published: claims 25.00, true is none (release), none (server)"]
+    assert cli.run(["privacy", "report", str(folder)]) == 0
+
+
+def test_a_claim_is_not_composed(ledger_folder, capsys):
+    both = report(capsys, ledger_folder("a", **PUBLISHED), ledger_folder("b"))["composed"][0]
+    assert both["claimed"] is None and both["why_not_private"] == ["published accounting"]
 
 
 def test_runs_on_the_same_data_are_composed(ledger_folder, capsys):

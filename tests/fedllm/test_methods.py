@@ -1,0 +1,255 @@
+"""One conformance class for every method there is: a run of a tiny model, and what must hold of it."""
+
+import json
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from fedllm import run
+from fedllm.cli.privacy.report import report_rows, run_report
+from fedllm.config import check_keys, load_config
+from fedllm.errors import UserError
+from fedllm.methods import METHODS
+from fedllm.privacy import adversaries
+from fedllm.privacy.ledger import ENTRY_KEYS, HEADER_KEYS, read_ledger
+from fedllm.schema import Config
+from fedllm.setting import build
+from tests.fedllm.runs import USERS, adapter_of, told
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_plot")
+
+# At LoRA's start A's public gradient is zero, and a code shrunk by it keeps A still until the next fit.
+SEEDED = ["seed=3", "federation.rounds=3", "codec.refresh=1"]
+# What a method needs of its user.
+NEEDS = {"user_level": USERS, "dp_fedlora:published": ["federation.local.lr=0.1"]}
+RUNS = {}
+
+
+@pytest.fixture
+def once(configured, monkeypatch, tmp_path_factory):
+    """once(method): its seeded run, trained once for all tests: results, folder, the model in memory."""
+
+    def get(method):
+        if method not in RUNS:
+            built, real = [], run.build
+            monkeypatch.setattr(run, "build", lambda *args, **kwargs: built.append(real(*args, **kwargs)) or built[-1])
+            config = configured("unused", f"method={method}", *SEEDED, *NEEDS.get(method, []))
+            config.output_dir = str(tmp_path_factory.mktemp("method") / "run")
+            results = run.train(config)
+            RUNS[method] = results, run.Path(config.output_dir), built[0].engine.model
+        return RUNS[method]
+
+    return get
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+class TestConformance:
+    def test_the_adapter_has_changed_in_every_part_that_is_trained(self, method, once, configured):
+        _, folder, _ = once(method)
+        config = configured("fresh", f"method={method}", *SEEDED, *NEEDS.get(method, []))
+        setting = build(run.resolve(config), config.seed)
+        before = {name: value.detach().clone() for name, value in setting.engine.parameters.items()}
+        load_into = build(run.resolve(config), config.seed, adapter=folder / "adapter").engine.parameters
+        kinds = {name.split("lora_")[-1].split(".")[0] for name in before}
+        changed = {name.split("lora_")[-1].split(".")[0] for name in before if not torch.equal(before[name], load_into[name])}
+        assert changed == kinds
+
+    def test_the_adapter_reloads_in_peft(self, method, once, tiny):
+        _, folder, trained = once(method)
+        ids = torch.tensor([[5, 9, 2, 7], [1, 3, 3, 8]])
+        base = AutoModelForCausalLM.from_pretrained(tiny / "model", attn_implementation="eager").eval()
+        with torch.no_grad():
+            untrained, after = base(ids).logits, trained(input_ids=ids).logits
+            assert torch.allclose(PeftModel.from_pretrained(base, folder / "adapter").eval()(ids).logits, after, atol=1e-5)
+        assert (after - untrained).abs().max() > 1e-4
+        assert all(torch.isfinite(value).all() for value in load_file(folder / "adapter" / "adapter_model.safetensors").values())
+
+    def test_the_ledger_is_complete(self, method, once):
+        results, folder, _ = once(method)
+        header, entries = read_ledger(folder / "ledger.jsonl")
+        assert header.keys() >= set(HEADER_KEYS) and all(entry.keys() >= set(ENTRY_KEYS) for entry in entries)
+        assert [entry["round"] for entry in entries if entry["stage"] == "stage2"] == list(range(results["rounds"]))
+        for adversary, epsilon in (("release", adversaries.epsilon_release), ("server", adversaries.epsilon_server)):
+            assert epsilon(header, entries).as_json() == results["epsilon"][adversary]
+        report = run_report("run", header, entries)
+        assert report["claimed"] == results["epsilon"]["claimed"] and report["why_not_private"] == results["epsilon"]["why_not_private"]
+        assert report_rows(report)
+
+    def test_a_second_run_with_the_seed_is_the_same(self, method, once, configured, tmp_path):
+        results, folder, _ = once(method)
+        again = run.train(configured("again", f"method={method}", *SEEDED, *NEEDS.get(method, [])))
+        assert adapter_of(folder) == adapter_of(tmp_path / "again") and told(again) == told(results)
+
+    def test_the_true_epsilon_and_the_claimed_one(self, method, once):
+        results, _, _ = once(method)
+        epsilon, published = results["epsilon"], method.endswith(":published")
+        assert published == (epsilon["claimed"] is not None) == (METHODS[method].claim is not None)
+        if published:
+            assert epsilon["claimed"] == {"epsilon": 8.0, "delta": 1e-3, "statement": METHODS[method].claim}
+            assert any(reason.startswith("published: claims 8.00, true is ") for reason in epsilon["why_not_private"])
+            assert epsilon["private"] is False
+        elif "privacy disabled" in epsilon["why_not_private"]:
+            assert epsilon["release"]["epsilon"] is None and epsilon["release"]["reason"]
+        else:
+            assert 7.9 < epsilon["release"]["epsilon"] <= 8.0 and epsilon["release"]["kind"] == "bound"
+            assert epsilon["why_not_private"] == ["fixed seed"]
+        json.dumps(epsilon, allow_nan=False)
+
+    def test_its_parts_are_keys_of_the_config(self, method):
+        for key, value in METHODS[method].parts.items():
+            for section in reversed(key.split(".")):
+                value = {section: value}
+            check_keys(value, Config, method)
+
+
+def test_every_published_form_stands_beside_a_corrected_one():
+    for name in METHODS:
+        assert name.partition(":")[0] in METHODS
+        assert name.partition(":")[2] in ("", "published")
+
+
+# -- what the published forms do -----------------------------------------------------------------------------------------------------------
+
+
+def ledger(once, method):
+    _, folder, _ = once(method)
+    return read_ledger(folder / "ledger.jsonl")
+
+
+@pytest.mark.parametrize("method", ["dp_lora:published", "dp_fedlora:published"])
+def test_the_classic_formula_for_each_matrix_and_round(method, once):
+    """By hand: 8 matrices of norm C, noise sigma in each; three rounds; replaced against the server."""
+    header, entries = ledger(once, method)
+    sigma = math.sqrt(2 * math.log(1.25 / 1e-3)) / 8.0
+    for entry in entries:
+        assert (entry["clip_groups"], entry["noise"], entry["mechanism"]) == (8, "local", "gaussian")
+        assert entry["noise_multiplier"] * math.sqrt(8) == pytest.approx(sigma, rel=1e-12)
+    from fedllm.privacy.accountants.gdp import gdp_epsilon
+
+    server = adversaries.epsilon_server(header, entries).epsilon
+    assert server == pytest.approx(gdp_epsilon(2 * math.sqrt(3 * 8) / sigma, 1e-3), rel=1e-9) and server > 8
+    assert [entry["largest_weight"] > 1 for entry in entries] == [False] * 3  # 120 records, 40 clients
+
+
+def test_weights_follow_the_number_of_examples(configured, tmp_path):
+    uneven = ["federation.clients=50", "federation.max_cohort=50"]  # two or three of 120 examples each; no cohort is ever cut
+    run.train(configured("run", "method=dp_lora:published", "seed=3", *uneven))
+    header, entries = read_ledger(tmp_path / "run" / "ledger.jsonl")
+    partition = build(configured("fresh", *uneven), 3).partition
+    counts = [len(partition.records(client)) for client in range(partition.clients)]
+    heaviest = max(counts) / (sum(counts) / len(counts))
+    assert entries[0]["largest_weight"] == pytest.approx(heaviest) and heaviest > 1.2
+    uniform = [entry | {"shares": header["clients"]} for entry in entries]
+    assert entries[0]["shares"] == pytest.approx(sum(count**2 for count in counts) / max(counts) ** 2)
+    assert adversaries.epsilon_release(header, entries).epsilon > adversaries.epsilon_release(header, uniform).epsilon
+
+
+def test_the_state_that_is_sent_is_noise(once, configured, tmp_path):
+    """DP-FedLoRA as published: each round replaces the adapter by a noisy mean of clipped ones."""
+    loud = ["privacy.clip.norm=0.1", "privacy.target.epsilon=1", "federation.expected_cohort=40", "seed=3"]
+    run.train(configured("run", "method=dp_fedlora:published", *loud))
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    norm = math.sqrt(sum(float(value.double().square().sum()) for value in saved.values()))
+    sigma = 0.1 * math.sqrt(2 * math.log(1.25 / 1e-3))
+    size = sum(value.numel() for value in saved.values())
+    assert norm == pytest.approx(sigma * math.sqrt(size / 40), rel=0.15)  # mean of 40 messages: their noise, and hardly anything else
+
+
+def test_raw_gradients_leave_no_epsilon(once):
+    header, entries = ledger(once, "cg_fedllm:published")
+    assert [entry["mechanism"] for entry in entries] == ["raw", *["gaussian_each"] * 3]
+    for answer in (adversaries.epsilon_release(header, entries), adversaries.epsilon_server(header, entries)):
+        assert answer.epsilon is None and "raw gradients" in answer.reason
+    assert 7.9 < adversaries.epsilon_release(header, entries[1:], "gdp").epsilon <= 8  # the claim: the rest alone, by the limit theorem
+    results, _, _ = once("cg_fedllm:published")
+    assert "published: claims 8.00, true is none (release), none (server)" in results["epsilon"]["why_not_private"]
+
+
+def test_raw_gradients_without_privacy_are_a_diagnostic(configured, tmp_path):
+    results = run.train(configured("run", "codec.prior=real", "privacy.enabled=false", "seed=3"))
+    assert results["epsilon"]["why_not_private"] == ["privacy disabled", "fixed seed"]
+    assert [entry["mechanism"] for entry in read_ledger(tmp_path / "run" / "ledger.jsonl")[1]] == ["raw", "gaussian", "gaussian"]
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=dp_fedlora:publishd"], "method=dp_fedlora:publishd: expected one of dp_fedlora, dp_fedlora:published; did you mean"),
+        (["method=fedit:published"], "method=fedit:published: expected one of fedit"),
+        (["method=dp_fedlorra"], "did you mean dp_fedlora"),
+        (["codec.prior=real"], "its training set is a release"),
+        (["codec.prior=real", "privacy.enabled=false", "codec.fit_at=client"], "do not hold one another's gradients"),
+        (["federation.weights=examples"], "expected uniform with privacy.enabled=true"),
+        (["privacy.calibration=gdp"], "expected one of exact, pld, rdp, rdp_classic, or a :published method"),
+        (["privacy.calibration=classic"], "or a :published method"),
+        (["privacy.calibration=exactly"], "privacy.calibration=exactly: expected one of exact, classic, pld"),
+        (["privacy.calibration=rdp", "privacy.target.adversary=server"], "privacy.calibration=rdp: expected exact"),
+        (["privacy.clip.groups=matrix"], "expected privacy.clip.mode=fixed, and codec.family=identity or privacy.noise_in=update"),
+        (["privacy.clip.groups=head"], "expected one of joint, matrix, layer, kind"),
+        (["method=full_noise", "privacy.clip.groups=kind", "privacy.clip.mode=adaptive"], "expected privacy.clip.mode=fixed"),
+        (["privacy.clip.of=state"], "expected codec.family=identity"),
+        (["method=dp_lora:published", "privacy.unit=user", *USERS[1:]], "expected privacy.noise=local, privacy.unit=client"),
+        (["method=cg_fedllm:published", "codec.real_share=0"], "codec.real_share=0"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(overrides, message, configured):
+    with pytest.raises(UserError) as error:
+        configured("run", *overrides)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_published_run_is_not_stopped_and_a_corrected_one_is(configured, tmp_path, monkeypatch):
+    """Twice the rounds that the noise was calibrated for."""
+    real = run.calibrate
+    for method, rounds in (("cg_fedllm:published", 4), ("cg_fedllm", 2)):
+        config = configured(method.replace(":", "-"), f"method={method}", "federation.rounds=4", "seed=3")
+
+        def of_half(config, setting):
+            config.federation.rounds = 2
+            found = real(config, setting)
+            config.federation.rounds = 4
+            return found
+
+        monkeypatch.setattr(run, "calibrate", of_half)
+        assert run.train(config)["rounds"] == rounds
+
+
+def test_sound_calibrations_spend_no_more_than_the_target(configured, tmp_path):
+    spent = {}
+    for name in ("exact", "rdp"):
+        results = run.train(configured(name, "method=full_noise", f"privacy.calibration={name}", "seed=3", "federation.rounds=1"))
+        spent[name] = results["epsilon"]["release"]["epsilon"]
+    assert spent["rdp"] < spent["exact"] <= 8
+
+
+def test_groups_under_the_noise_of_one_joint_clip(configured, tmp_path):
+    """clip.norm=auto shares the joint clip out over the groups: the noise is that of the joint clip."""
+    spread = {}
+    for by in ("joint", "kind", "layer", "matrix"):
+        run.train(configured(by, "method=full_noise", f"privacy.clip.groups={by}", "seed=3", "federation.rounds=1"))
+        entry = read_ledger(tmp_path / by / "ledger.jsonl")[1][0]
+        spread[by] = (entry["clip_groups"], entry["clip"] * math.sqrt(entry["clip_groups"]), entry["noise_multiplier"])
+    assert [count for count, _, _ in spread.values()] == [1, 2, 2, 8]
+    assert len({round(norm, 9) for _, norm, _ in spread.values()}) == len({z for _, _, z in spread.values()}) == 1
+
+
+def test_old_ledgers_read_as_they_did(once):
+    header, entries = ledger(once, "full_noise")
+    old_header = {key: value for key, value in header.items() if key != "claimed"}
+    old_entries = [{key: value for key, value in entry.items() if key not in ("clip_groups", "largest_weight")} for entry in entries]
+    for epsilon in (adversaries.epsilon_release, adversaries.epsilon_server):
+        assert epsilon(old_header, old_entries) == epsilon(header, entries)
+    assert run_report("old", old_header, old_entries)["claimed"] is None
+
+
+def test_a_variant_survives_the_saved_config(once):
+    _, folder, _ = once("dp_fedlora:published")
+    config = load_config(folder / "config.yaml")
+    assert (config.method, config.privacy.clip.of, config.privacy.calibration) == ("dp_fedlora:published", "state", "classic")
