@@ -17,8 +17,8 @@ from dr_encoder.priors import GaussianPrior, from_public_gradients, from_release
 from fedllm.schema import GENERATED, Config
 
 RANDOM_ROWS = 16
-REAL_COST = "everything: raw gradients of private data"
 MOST_RELEASED = 20  # rounds that are remembered
+REAL_COST = "everything: raw gradients of private data"
 
 
 @dataclass

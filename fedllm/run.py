@@ -57,7 +57,8 @@ def train(config: Config, before: evaluation.Evaluation | None = None) -> dict[s
             setting = build(config, public_seed(run_id, config), phase=display.phase)
         check_sizes(config, setting)
         check_population(config, setting)
-        calibration = calibrate(config, setting)
+        groups = clip_groups(setting.engine.layout, config.privacy.clip.groups)
+        calibration = calibrate(config, setting.partition.unit_count, len(groups))
         with claimed(run_dir):
             write_whole(run_dir / "config.yaml", lambda part: save_config(config, part))
             ledger = Ledger.create(run_dir / "ledger.jsonl", ledger_header(config, run_id, setting, calibration))
@@ -184,8 +185,11 @@ def check_population(config: Config, setting: Setting) -> None:
         )
 
 
-def calibrate(config: Config, setting: Setting) -> Calibration | None:
-    """Noise multipliers of both stages for the target, or None without privacy."""
+def calibrate(config: Config, units: int, groups: int) -> Calibration | None:
+    """Noise multipliers of both stages for the target, or None without privacy.
+
+    units: privacy units over all clients. groups: of coordinates that are clipped apart, 1 where all are clipped together.
+    """
     privacy, fed = config.privacy, config.federation
     if not privacy.enabled:
         return None
@@ -196,8 +200,7 @@ def calibrate(config: Config, setting: Setting) -> Calibration | None:
     # Where every message is decoded on its own, only its own noise counts: as if one share were the whole sum's.
     noise = "distributed" if config.codec.decode == "each" else privacy.noise
     if privacy.calibration == claims.CLASSIC:
-        groups = clip_groups(setting.engine.layout, privacy.clip.groups)
-        return Calibration(None, claims.classic_multiplier(target.epsilon, target.delta, len(groups)), target.epsilon)
+        return Calibration(None, claims.classic_multiplier(target.epsilon, target.delta, groups), target.epsilon)
     if privacy.calibration != claims.EXACT:
         of_sum = claims.accountant_multiplier(privacy.calibration, target.epsilon, target.delta, fed.rounds, sampling_rate(config))
         return Calibration(None, of_sum / sum_multiplier(noise, 1.0, shares), target.epsilon)
@@ -210,7 +213,7 @@ def calibrate(config: Config, setting: Setting) -> Calibration | None:
             warmup,
             fed.rounds,
             sampling_rate(config),
-            setting.partition.unit_count,
+            units,
             fed.max_cohort if by_client else None,
             privacy.stage1_share,
             noise=noise,

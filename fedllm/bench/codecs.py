@@ -30,7 +30,7 @@ from fedllm.setting import Setting, build
 
 SEED = 0  # of the cohorts and the noise: nothing here is private
 NOT_PRIVATE = "diagnostic: not private"
-PAID = "stage 1 (here its private moments, without noise)"
+COSTS = {"moments": "stage 1 (here its private moments, without noise)", "real": priors.REAL_COST}
 
 
 @dataclass
@@ -116,7 +116,7 @@ def usable(family: str, prior: str) -> bool:
 
 def noise_of_sum(config: Config, setting: Setting) -> float:
     """Noise of a sum over its clip norm at the run's own target; 0 without privacy."""
-    found = calibrate(config, setting)
+    found = calibrate(config, setting.partition.unit_count, 1)
     return 0.0 if found is None else sum_multiplier(config.privacy.noise, found.stage2_multiplier, config.federation.max_cohort or 1)
 
 
@@ -172,7 +172,7 @@ def prior_of(candidate: Candidate, config: Config, layout: AdapterLayout, cohort
     if candidate.prior == "moments":
         scale = factor_rms(layout, rows.fit).clamp_min(1e-12)
         return from_moments(layout, *moments_to_std(unit_moments(cohorts.first, layout, scale).mean(0), scale))
-    return priors.build(candidate.prior, None, priors.Given(layout, rows.fit, candidate.released, number))
+    return priors.build(candidate.prior, None, priors.Given(layout, rows.fit, candidate.released, number, cohorts.first))
 
 
 def row(
@@ -185,7 +185,7 @@ def row(
     return {
         "codec": candidate.family,
         "prior": candidate.prior,
-        "cost": PAID if candidate.prior == "moments" else "none",
+        "cost": COSTS.get(candidate.prior, "none"),
         "code_size": size,
         "compression_ratio": None if sent is None else 4 * layout.size / sent,
         **candidate.score.row(),

@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fedllm import run
+from fedllm import real, run
 from fedllm.cli.privacy.report import report_rows, run_report
 from fedllm.config import check_keys, load_config
 from fedllm.errors import UserError
@@ -159,8 +159,33 @@ def test_the_state_that_is_sent_is_noise(once, configured, tmp_path):
     assert norm == pytest.approx(sigma * math.sqrt(size / 40), rel=0.15)  # mean of 40 messages: their noise, and hardly anything else
 
 
+def test_the_state_that_is_sent_stands_for_the_new_adapter(configured, tmp_path):
+    """With a clip that nothing reaches and hardly any noise it is the plain average of new adapters."""
+    everyone = ["federation.expected_cohort=40", "federation.local.lr=0.1", "seed=3", "federation.rounds=3"]  # odd: signs of A and B show
+    run.train(configured("state", "method=dp_fedlora:published", "privacy.clip.norm=100", "privacy.target.epsilon=1e9", *everyone))
+    average = ["federation.server.optimizer=sgd", "federation.server.lr=1"]
+    run.train(configured("average", "method=fedit", *average, *everyone))
+    state, plain = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("state", "average"))
+    for key, value in plain.items():
+        assert torch.allclose(state[key], value, atol=1e-4), key
+    assert any(value.abs().max() > 1e-2 for key, value in plain.items() if "lora_B" in key)
+
+
+def test_raw_gradients_are_a_share_of_the_private_examples_along_a_few_steps(configured):
+    config = configured("run", "method=cg_fedllm:published", "codec.real_share=0.1", "seed=3")
+    setting = build(config, 3)
+    before = setting.engine.adapter()
+    rows = real.gradients(setting, config, 3)
+    assert rows.shape == (len(setting.train) // 10, setting.engine.layout.size) and torch.equal(setting.engine.adapter(), before)
+    of_a = torch.cat([rows[:, f.offset : f.stop] for f in setting.engine.layout.factors if "lora_A" in f.name], 1)
+    assert not of_a[: len(rows) // 2].any() and of_a[len(rows) // 2 :].any(1).all()  # at LoRA's start A has none
+    config.codec.real_share = 1.0
+    assert len(real.gradients(setting, config, 3)) == config.codec.public_examples
+
+
 def test_raw_gradients_leave_no_epsilon(once):
     header, entries = ledger(once, "cg_fedllm:published")
+    assert [entry["prior"].partition(":")[0] for entry in entries] == ["real"] * 4
     assert [entry["mechanism"] for entry in entries] == ["raw", *["gaussian_each"] * 3]
     for answer in (adversaries.epsilon_release(header, entries), adversaries.epsilon_server(header, entries)):
         assert answer.epsilon is None and "raw gradients" in answer.reason
@@ -211,9 +236,9 @@ def test_a_published_run_is_not_stopped_and_a_corrected_one_is(configured, tmp_p
     for method, rounds in (("cg_fedllm:published", 4), ("cg_fedllm", 2)):
         config = configured(method.replace(":", "-"), f"method={method}", "federation.rounds=4", "seed=3")
 
-        def of_half(config, setting):
+        def of_half(config, *sizes):
             config.federation.rounds = 2
-            found = real(config, setting)
+            found = real(config, *sizes)
             config.federation.rounds = 4
             return found
 
@@ -238,6 +263,16 @@ def test_groups_under_the_noise_of_one_joint_clip(configured, tmp_path):
         spread[by] = (entry["clip_groups"], entry["clip"] * math.sqrt(entry["clip_groups"]), entry["noise_multiplier"])
     assert [count for count, _, _ in spread.values()] == [1, 2, 2, 8]
     assert len({round(norm, 9) for _, norm, _ in spread.values()}) == len({z for _, _, z in spread.values()}) == 1
+
+
+GROUPED = [["privacy.noise_in=update"], ["method=full_noise", *USERS], ["method=full_noise", "privacy.noise=central"]]
+
+
+@pytest.mark.parametrize("more", GROUPED)
+def test_groups_go_with_every_place_of_the_noise(more, configured, tmp_path):
+    results = run.train(configured("run", "privacy.clip.groups=kind", "privacy.clip.norm=0.05", "seed=3", *more))
+    entry = read_ledger(tmp_path / "run" / "ledger.jsonl")[1][0]
+    assert (entry["clip_groups"], entry["clip"]) == (2, 0.05) and 7.9 < results["epsilon"]["release"]["epsilon"] <= 8
 
 
 def test_old_ledgers_read_as_they_did(once):
