@@ -101,7 +101,7 @@ def check(config: Config) -> None:
     in_range("codec.fit_steps", codec.fit_steps, 1)
     in_range("privacy.target.epsilon", privacy.target.epsilon, 0, open_low=True)
     in_range("privacy.target.delta", privacy.target.delta, 0, 1, open_low=True, open_high=True)
-    in_range("privacy.stage1_share", privacy.stage1_share, 0, 1, open_low=True, open_high=True)
+    in_range("privacy.stage1_share", privacy.stage1_share, 0, 1, open_high=True)
     in_range("privacy.clip.quantile", privacy.clip.quantile, 0, 1, open_low=True, open_high=True)
     in_range("privacy.clip.lr", privacy.clip.lr, 0, open_low=True)
     in_range("privacy.clip.bit_multiplier", privacy.clip.bit_multiplier, 0.5, open_low=True)

@@ -25,7 +25,7 @@ from fedllm.codec_fit import Announcement, choose_size, fit_codec
 from fedllm.errors import RunStopped
 from fedllm.mechanism import Mechanism
 from fedllm.monitor import Monitor
-from fedllm.privacy import guard
+from fedllm.privacy import adversaries, guard
 from fedllm.privacy.calibration import update_multiplier
 from fedllm.privacy.clipping import next_clip, noisy_fraction
 from fedllm.privacy.events import sum_multiplier
@@ -207,8 +207,8 @@ class Federation:
         """Clients' raw gradients, where the codec is to learn from them: entered as the release that it is."""
         if self.config.codec.prior != "real":
             return None
-        entry = self.spec(1, number, "none", "real", 0, float("inf"), 0.0, noise_in="code").ledger_entry(self.noise.rng)
-        self.ledger.append(entry | {"mechanism": "raw"})
+        spec = self.spec(1, number, "none", "real", 0, float("inf"), 0.0, noise_in="code", raw=adversaries.RAW_GRADIENTS)
+        self.ledger.append(spec.ledger_entry(self.noise.rng))
         return real.gradients(self.setting, self.config, self.public_seed)
 
     def decode_one(self, code: Tensor) -> Tensor:
@@ -266,7 +266,9 @@ class Federation:
 
     def stage1_spec(self, number: int, size: int, clip: float) -> PrivateSum:
         """What warm-up round `number` will release."""
-        return self.spec(1, number, "moments", "none", size, clip, self.stage1_multiplier, noise_in="code")
+        privacy = self.config.privacy
+        raw = adversaries.RAW_MOMENTS if privacy.enabled and privacy.stage1_share == 0 else ""
+        return self.spec(1, number, "moments", "none", size, clip, self.stage1_multiplier, noise_in="code", raw=raw)
 
     def stage2_spec(self, number: int) -> PrivateSum:
         """What round `number` will release."""
@@ -290,6 +292,7 @@ class Federation:
         multiplier: float,
         noise_in: str,
         bit_weight: float = 0.0,
+        raw: str = "",
     ) -> PrivateSum:
         """The public description of one private sum of this run."""
         config = self.config
@@ -315,6 +318,7 @@ class Federation:
             each=stage == 2 and config.codec.decode == "each",
             groups=self.mechanism.groups if stage == 2 else (),
             weights=self.mechanism.weights if stage == 2 else None,
+            raw=raw,
         )
 
     @property

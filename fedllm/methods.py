@@ -44,6 +44,23 @@ UNSHRUNK = {"codec.shrink": False, "codec.bits": 32}  # what arrives is averaged
 PER_MATRIX = "sigma = C sqrt(2 ln(1.25/delta))/epsilon for each matrix in each round; matrices, rounds and replacement are not composed"
 
 register(Method("dr_encoder", "code, clip, noise in the code, decode the mean once (arXiv 2412.17053, corrected)"))
+register(
+    Method(
+        "dr_encoder:published",
+        "auto-encoder of moments that nothing protects, every message decoded (arXiv 2412.17053)",
+        {
+            "codec.family": "autoencoder",
+            "codec.code_size": None,
+            "codec.prior": "moments",
+            "codec.decode": "each",
+            "privacy.noise": "local",
+            "privacy.calibration": "gdp",
+            "privacy.stage1_share": 0.0,
+        }
+        | UNSHRUNK,
+        "Gaussian DP by the central limit theorem over the rounds of stage 2; the statistics of stage 1 are not counted",
+    )
+)
 register(Method("full_noise", "no codec: noise in all n coordinates", NO_CODEC | {"codec.bits": 8}))
 register(Method("fedit", "plain federated LoRA, no codec and no privacy", NO_CODEC | {"codec.bits": 32, "privacy.enabled": False}))
 register(
@@ -260,12 +277,15 @@ def check_mechanism(config: Config) -> None:
         )
     if clip.of == "state" and (codec.family != "identity" or privacy.noise_in == "update" or clip.mode == "adaptive"):
         raise UserError("privacy.clip.of=state: expected codec.family=identity, privacy.noise_in=code and privacy.clip.mode=fixed")
-    if privacy.calibration != EXACT and (codec.prior == "moments" or privacy.target.adversary == "server"):
+    noised_moments = codec.prior == "moments" and privacy.stage1_share > 0
+    if privacy.calibration != EXACT and (noised_moments or privacy.target.adversary == "server"):
         raise UserError(
             f"privacy.calibration={privacy.calibration}: expected {EXACT} with codec.prior={codec.prior} and "
             f"privacy.target.adversary={privacy.target.adversary}; the others solve for one kind of release alone"
         )
     published = claim_of(config) is not None
+    if codec.prior == "moments" and not noised_moments and not published:
+        raise UserError("privacy.stage1_share=0: expected a share above 0 with codec.prior=moments; moments without noise are a release")
     if privacy.calibration not in SOUND and not published:
         raise UserError(
             f"privacy.calibration={privacy.calibration}: expected one of {', '.join(SOUND)}, or a :published method; "

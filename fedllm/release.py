@@ -20,7 +20,8 @@ class PrivateSum:
     noise over `sensitivity`, of the sum ('distributed', 'central') or of each message ('local'), 0 without privacy; shares: M, how many
     noise shares the sum always carries; expected: the public divisor; bit_weight: length of the adaptive clip's bit, 0 without one;
     each: whether messages are decoded one by one, so that the release depends on all of them; groups: what is clipped apart, none: the
-    whole vector together; weights: of each client's message in the sum, mean 1, public ('local' only); None: all 1.
+    whole vector together; weights: of each client's message in the sum, mean 1, public ('local' only); None: all 1; raw: the ledger's word
+    for a release of a private run that no noise protects, empty where there is none.
     """
 
     run: str
@@ -44,6 +45,7 @@ class PrivateSum:
     each: bool = False
     groups: tuple[Group, ...] = ()
     weights: tuple[float, ...] | None = None
+    raw: str = ""
 
     @property
     def private(self) -> bool:
@@ -128,7 +130,7 @@ class PrivateSum:
         return {
             "stage": f"stage{self.stage}",
             "round": self.round,
-            "mechanism": "gaussian_each" if self.each else "gaussian",
+            "mechanism": self.raw or ("gaussian_each" if self.each else "gaussian"),
             "noise_multiplier": self.noise_multiplier,
             "clip": self.clip if math.isfinite(self.clip) else None,
             "sampling_rate": self.sampling_rate,

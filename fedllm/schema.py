@@ -133,7 +133,7 @@ class PrivacyConfig:
     noise_in: str = "code"  # code | update
     clip: ClipConfig = field(default_factory=ClipConfig)
     calibration: str = "exact"  # exact | pld | rdp | rdp_classic; a :published method also classic, gdp, edgeworth_1 ...
-    stage1_share: float = 0.05
+    stage1_share: float = 0.05  # of the budget, for the moments of stage 1; 0: no noise on them, as published and never private
 
 
 @dataclass

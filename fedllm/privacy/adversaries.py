@@ -32,7 +32,11 @@ from fedllm.privacy.ledger import counted
 _RELEASED_MULTIPLIER = {"gaussian": sum_multiplier, "gaussian_each": message_multiplier}
 
 # Mechanisms that no noise stands behind: whatever else a run does, there is no figure.
-_WITHOUT_NOISE = {"raw": "the codec is trained on clients' raw gradients, a release without noise"}
+RAW_GRADIENTS, RAW_MOMENTS = "raw_gradients", "raw_moments"
+_WITHOUT_NOISE = {
+    RAW_GRADIENTS: "the codec is trained on clients' raw gradients, a release without noise",
+    RAW_MOMENTS: "the codec is trained on clients' raw moments, a release without noise",
+}
 
 PUBLISHED = "published accounting"  # a reason in the header; `privacy_marks` puts the claim and the truth in its place
 SHARE_ALONE = "each message is protected by its own noise share alone: the transport does not aggregate securely"

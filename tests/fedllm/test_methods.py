@@ -186,7 +186,7 @@ def test_raw_gradients_are_a_share_of_the_private_examples_along_a_few_steps(con
 def test_raw_gradients_leave_no_epsilon(once):
     header, entries = ledger(once, "cg_fedllm:published")
     assert [entry["prior"].partition(":")[0] for entry in entries] == ["real"] * 4
-    assert [entry["mechanism"] for entry in entries] == ["raw", *["gaussian_each"] * 3]
+    assert [entry["mechanism"] for entry in entries] == ["raw_gradients", *["gaussian_each"] * 3]
     for answer in (adversaries.epsilon_release(header, entries), adversaries.epsilon_server(header, entries)):
         assert answer.epsilon is None and "raw gradients" in answer.reason
     assert 7.9 < adversaries.epsilon_release(header, entries[1:], "gdp").epsilon <= 8  # the claim: the rest alone, by the limit theorem
@@ -194,10 +194,20 @@ def test_raw_gradients_leave_no_epsilon(once):
     assert "published: claims 8.00, true is none (release), none (server)" in results["epsilon"]["why_not_private"]
 
 
+def test_raw_moments_leave_no_epsilon(once):
+    header, entries = ledger(once, "dr_encoder:published")
+    assert [(entry["mechanism"], entry["noise_multiplier"] > 0) for entry in entries] == [
+        *[("raw_moments", False)] * 2,
+        *[("gaussian_each", True)] * 3,
+    ]
+    for answer in (adversaries.epsilon_release(header, entries), adversaries.epsilon_server(header, entries)):
+        assert answer.epsilon is None and "raw moments" in answer.reason
+
+
 def test_raw_gradients_without_privacy_are_a_diagnostic(configured, tmp_path):
     results = run.train(configured("run", "codec.prior=real", "privacy.enabled=false", "seed=3"))
     assert results["epsilon"]["why_not_private"] == ["privacy disabled", "fixed seed"]
-    assert [entry["mechanism"] for entry in read_ledger(tmp_path / "run" / "ledger.jsonl")[1]] == ["raw", "gaussian", "gaussian"]
+    assert [entry["mechanism"] for entry in read_ledger(tmp_path / "run" / "ledger.jsonl")[1]] == ["raw_gradients", "gaussian", "gaussian"]
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------------------------------
@@ -211,6 +221,7 @@ def test_raw_gradients_without_privacy_are_a_diagnostic(configured, tmp_path):
         (["method=dp_fedlorra"], "did you mean dp_fedlora"),
         (["codec.prior=real"], "its training set is a release"),
         (["codec.prior=real", "privacy.enabled=false", "codec.fit_at=client"], "do not hold one another's gradients"),
+        (["privacy.stage1_share=0", "codec.prior=moments"], "expected a share above 0"),
         (["federation.weights=examples"], "expected uniform with privacy.enabled=true"),
         (["privacy.calibration=gdp"], "expected one of exact, pld, rdp, rdp_classic, or a :published method"),
         (["privacy.calibration=classic"], "or a :published method"),

@@ -138,7 +138,7 @@ def test_a_claim_stands_beside_the_truth(ledger_folder, capsys):
 def test_what_was_released_raw_has_no_figure_whatever_else_was_noised(ledger_folder, capsys):
     folder = ledger_folder("run", **PUBLISHED)
     with Ledger.open(folder / "ledger.jsonl") as ledger:
-        ledger.append(ENTRY | {"stage": "stage1", "round": 0, "mechanism": "raw", "noise_multiplier": 0.0})
+        ledger.append(ENTRY | {"stage": "stage1", "round": 0, "mechanism": "raw_gradients", "noise_multiplier": 0.0})
     run = report(capsys, folder)["runs"][0]
     for answer in (run["release"], run["server"], *run["accountants"]):
         assert answer["epsilon"] is None and "raw gradients" in answer["reason"]
