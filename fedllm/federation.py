@@ -228,7 +228,8 @@ class Federation:
     def fit(self, prior: GaussianPrior | None, rows: public.PublicGradients | None) -> None:
         """Fit the codec to a prior, and take the clip norm from held-out public gradients."""
         settings, layout = self.config.codec, self.engine.layout
-        noise_std = sum_multiplier(self.config.privacy.noise, self.multiplier, self.shares) / max(self.expected, 1.0)
+        parts = max(1, len(self.mechanism.groups))
+        noise_std = sum_multiplier(self.config.privacy.noise, self.multiplier, self.shares) * parts**0.5 / max(self.expected, 1.0)
         seed, size = self.public_seed + self.progress.rounds, settings.code_size
         with self.watch.phase("codec"), self.monitor.phase(f"fitting the {settings.family} codec"):
             if size == "auto":
@@ -243,7 +244,7 @@ class Federation:
             if self.config.privacy.enabled and (first or self.config.privacy.clip.mode == "fixed"):
                 whole = self.config.privacy.noise_in == "update"
                 encode = (lambda updates: updates) if whole else self.encode
-                self.progress.clip = public.clip_norm(rows, encode, self.config, self.unit_examples, max(1, len(self.mechanism.groups)))
+                self.progress.clip = public.clip_norm(rows, encode, self.config, self.unit_examples, parts)
             self.checkpoints.save_codec(self.codec, self.progress.codec)
             self.hand_over(Announcement(self.progress.codec, self.progress.rounds, size, noise_std, self.public_seed), rows)
 

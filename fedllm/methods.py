@@ -268,6 +268,8 @@ def check_mechanism(config: Config) -> None:
     one_of("privacy.calibration", privacy.calibration, CALIBRATIONS)
     one_of("federation.weights", weights, ("uniform", "examples"))
     in_range("codec.real_share", codec.real_share, 0, 1, open_low=True)
+    if weights != "uniform" and privacy.unit != "client":
+        raise UserError(f"federation.weights={weights}: expected uniform with privacy.unit={privacy.unit}; a client sends its units' sum")
     if not privacy.enabled:
         return
     if clip.groups != JOINT and (clip.mode == "adaptive" or (codec.family != "identity" and privacy.noise_in != "update")):
@@ -277,13 +279,13 @@ def check_mechanism(config: Config) -> None:
         )
     if clip.of == "state" and (codec.family != "identity" or privacy.noise_in == "update" or clip.mode == "adaptive"):
         raise UserError("privacy.clip.of=state: expected codec.family=identity, privacy.noise_in=code and privacy.clip.mode=fixed")
+    published = claim_of(config) is not None
     noised_moments = codec.prior == "moments" and privacy.stage1_share > 0
-    if privacy.calibration != EXACT and (noised_moments or privacy.target.adversary == "server"):
+    if privacy.calibration != EXACT and (noised_moments or (privacy.target.adversary == "server" and not published)):
         raise UserError(
             f"privacy.calibration={privacy.calibration}: expected {EXACT} with codec.prior={codec.prior} and "
             f"privacy.target.adversary={privacy.target.adversary}; the others solve for one kind of release alone"
         )
-    published = claim_of(config) is not None
     if codec.prior == "moments" and not noised_moments and not published:
         raise UserError("privacy.stage1_share=0: expected a share above 0 with codec.prior=moments; moments without noise are a release")
     if privacy.calibration not in SOUND and not published:
@@ -298,10 +300,10 @@ def check_mechanism(config: Config) -> None:
             f"federation.weights={weights}: expected uniform with privacy.enabled=true; the heaviest client would move the sum most, "
             "which only a :published method may claim otherwise"
         )
-    if weights != "uniform" and (privacy.noise != "local" or privacy.unit != "client" or (codec.decode == "each" and codec.prior != REAL)):
+    if weights != "uniform" and (privacy.noise != "local" or (codec.decode == "each" and codec.prior != REAL)):
         raise UserError(
-            f"federation.weights={weights}: expected privacy.noise=local, privacy.unit=client and codec.decode=mean; "
-            "a stand-in for an absent client would show by its weight"
+            f"federation.weights={weights}: expected privacy.noise=local and codec.decode=mean; a stand-in for an absent client would show "
+            "by its weight"
         )
 
 

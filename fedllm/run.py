@@ -202,7 +202,9 @@ def calibrate(config: Config, units: int, groups: int) -> Calibration | None:
     if privacy.calibration == claims.CLASSIC:
         return Calibration(None, claims.classic_multiplier(target.epsilon, target.delta, groups), target.epsilon)
     if privacy.calibration != claims.EXACT:
-        of_sum = claims.accountant_multiplier(privacy.calibration, target.epsilon, target.delta, fed.rounds, sampling_rate(config))
+        cut = fed.max_cohort if by_client else None
+        rate = sampling_rate(config)
+        of_sum = claims.accountant_multiplier(privacy.calibration, target.epsilon, target.delta, fed.rounds, rate, units, cut)
         return Calibration(None, of_sum / sum_multiplier(noise, 1.0, shares), target.epsilon)
     if target.adversary == "server":
         found = calibrate_server(target.epsilon, target.delta, warmup, fed.rounds, privacy.noise, shares, privacy.stage1_share)

@@ -102,7 +102,7 @@ class CodecConfig:
     warmup_public_steps: int = 3  # steps on public text before stage 1: at LoRA's start B = 0 and A's gradient is exactly zero
     fit_steps: int = 200  # auto-encoder
     shrink: bool = True  # of a noisy mean code each number by its prior variance, where that is known: free post-processing
-    real_share: float = 0.3  # prior: real, of the units, on whose raw gradients the codec is fitted: never private
+    real_share: float = 0.3  # prior: real, of all examples, on whose raw gradients the codec is fitted: never private
     error_feedback: bool = False  # lossy codecs without privacy: a client adds what its last code dropped
 
 

@@ -6,7 +6,7 @@ import math
 
 from fedllm.privacy import accountants
 from fedllm.privacy.calibration import calibrate
-from fedllm.privacy.events import Event, PoissonGaussianEvent
+from fedllm.privacy.events import Event, PoissonGaussianEvent, sampled_event
 
 EXACT, CLASSIC = "exact", "classic"
 CALIBRATIONS = (EXACT, CLASSIC, *accountants.names())
@@ -22,14 +22,19 @@ def classic_multiplier(epsilon: float, delta: float, groups: int = 1) -> float:
     return math.sqrt(2 * math.log(1.25 / delta)) / epsilon / math.sqrt(groups)
 
 
-def accountant_multiplier(accountant: str, epsilon: float, delta: float, rounds: int, sampling_rate: float) -> float:
-    """Noise of one Poisson-sampled sum over its sensitivity at which an accountant answers `epsilon` after `rounds` >= 1 of them.
+def accountant_multiplier(
+    accountant: str, epsilon: float, delta: float, rounds: int, sampling_rate: float, population: int, max_cohort: int | None = None
+) -> float:
+    """Noise of one sampled sum over its sensitivity at which an accountant answers `epsilon` after `rounds` >= 1 of them.
 
-    accountant: a registered one; an estimate may come out with too little. sampling_rate: in (0, 1].
-    Raises UserError for impossible targets.
+    accountant: a registered one; an estimate may come out with too little. sampling_rate: in (0, 1]. population: units, >= 1. max_cohort:
+    where a cohort is cut, or None; left out by accountants that have no theorem for cut cohorts. Raises UserError for impossible targets.
     """
 
     def compose(multiplier: float) -> list[tuple[Event, int]]:
-        return [(PoissonGaussianEvent(multiplier, sampling_rate), rounds)]
+        event = sampled_event(multiplier, sampling_rate, population, max_cohort)
+        if not accountants.create(accountant).supports(event):
+            event = PoissonGaussianEvent(multiplier, sampling_rate)
+        return [(event, rounds)]
 
     return calibrate(accountant, compose, epsilon, delta)[0]

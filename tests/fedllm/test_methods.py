@@ -231,7 +231,7 @@ def test_raw_gradients_without_privacy_are_a_diagnostic(configured, tmp_path):
         (["privacy.clip.groups=head"], "expected one of joint, matrix, layer, kind"),
         (["method=full_noise", "privacy.clip.groups=kind", "privacy.clip.mode=adaptive"], "expected privacy.clip.mode=fixed"),
         (["privacy.clip.of=state"], "expected codec.family=identity"),
-        (["method=dp_lora:published", "privacy.unit=user", *USERS[1:]], "expected privacy.noise=local, privacy.unit=client"),
+        (["method=dp_lora:published", "privacy.unit=user", *USERS[1:]], "expected uniform with privacy.unit=user"),
         (["method=cg_fedllm:published", "codec.real_share=0"], "codec.real_share=0"),
     ],
 )
@@ -257,12 +257,20 @@ def test_a_published_run_is_not_stopped_and_a_corrected_one_is(configured, tmp_p
         assert run.train(config)["rounds"] == rounds
 
 
+def test_a_claim_does_not_ask_which_adversary_the_target_binds(configured, tmp_path):
+    made = {}
+    for adversary in ("release", "server"):
+        run.train(configured(adversary, "method=dp_lora:published", f"privacy.target.adversary={adversary}", "federation.rounds=1"))
+        made[adversary] = read_ledger(tmp_path / adversary / "ledger.jsonl")[1][0]["noise_multiplier"]
+    assert made["release"] == made["server"]
+
+
 def test_sound_calibrations_spend_no_more_than_the_target(configured, tmp_path):
     spent = {}
-    for name in ("exact", "rdp"):
+    for name in ("exact", "pld", "rdp"):
         results = run.train(configured(name, "method=full_noise", f"privacy.calibration={name}", "seed=3", "federation.rounds=1"))
         spent[name] = results["epsilon"]["release"]["epsilon"]
-    assert spent["rdp"] < spent["exact"] <= 8
+    assert spent["rdp"] < spent["exact"] == spent["pld"] <= 8
 
 
 def test_groups_under_the_noise_of_one_joint_clip(configured, tmp_path):

@@ -25,7 +25,7 @@ def test_classic_formula():
 @pytest.mark.parametrize(("records", "delta", "sigma"), [(392702, 1e-5, 0.557), (67349, 1e-5, 0.7865), (104743, 1e-6, 0.7395)])
 def test_ew_tune_takes_the_first_order_estimate(records, delta, sigma):
     steps = 20 * (records // 2000)
-    found = accountant_multiplier("edgeworth_1", 8.0, delta, steps, 2000 / records)
+    found = accountant_multiplier("edgeworth_1", 8.0, delta, steps, 2000 / records, records)
     assert found == pytest.approx(sigma, rel=2e-3)
     truth = accountants.create("pld").compose(PoissonGaussianEvent(found, 2000 / records), steps).epsilon(delta).epsilon
     assert truth > 8.25
@@ -33,8 +33,14 @@ def test_ew_tune_takes_the_first_order_estimate(records, delta, sigma):
 
 @pytest.mark.parametrize("accountant", accountants.names())
 def test_every_accountant_calibrates_to_its_own_answer(accountant):
-    z = accountant_multiplier(accountant, 3.0, 1e-5, 50, 0.1)
+    z = accountant_multiplier(accountant, 3.0, 1e-5, 50, 0.1, 1000)
     assert 2.99 < accountants.create(accountant).compose(PoissonGaussianEvent(z, 0.1), 50).epsilon(1e-5).epsilon <= 3.0
     assert accountant in CALIBRATIONS
-    least = accountant_multiplier("pld", 3.0, 1e-5, 50, 0.1)
+    least = accountant_multiplier("pld", 3.0, 1e-5, 50, 0.1, 1000)
     assert z >= least if accountant in SOUND else math.isfinite(z)
+
+
+def test_cut_cohorts_are_accounted_where_there_is_a_theorem():
+    plain, cut = (accountant_multiplier("pld", 3.0, 1e-5, 50, 0.1, 1000, most) for most in (None, 120))
+    assert cut > plain
+    assert accountant_multiplier("gdp", 3.0, 1e-5, 50, 0.1, 1000, 120) == accountant_multiplier("gdp", 3.0, 1e-5, 50, 0.1, 1000)
