@@ -172,7 +172,7 @@ def prior_of(candidate: Candidate, config: Config, layout: AdapterLayout, cohort
     if candidate.prior == "moments":
         scale = factor_rms(layout, rows.fit).clamp_min(1e-12)
         return from_moments(layout, *moments_to_std(unit_moments(cohorts.first, layout, scale).mean(0), scale))
-    return priors.build(candidate.prior, None, priors.Given(layout, rows.fit, candidate.released, number, cohorts.first))
+    return priors.build(candidate.prior, None, priors.Given(layout, rows.fit, candidate.released, number, real=cohorts.first))
 
 
 def row(

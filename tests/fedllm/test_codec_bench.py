@@ -102,6 +102,13 @@ def test_the_table_says_that_it_is_not_private(tiny, tmp_path, capsys):
     assert "diagnostic: not private" in out and "linear" in out and "topk" not in out
 
 
+def test_a_codec_of_real_gradients_says_what_it_costs(tiny, tmp_path, capsys):
+    arguments = ["--rounds", "1", "--others", "12", "--sizes", "4", "--codecs", "linear", "--priors", "real", "--json"]
+    assert cli.run(["codec", "bench", str(tiny / "config.yaml"), *arguments, "--out", str(tmp_path)]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["cost"].startswith("everything") and row["kept_energy_mean"] is not None
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
