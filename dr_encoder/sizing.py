@@ -24,16 +24,16 @@ from torch import Tensor
 from dr_encoder.codecs.base import Codec
 from dr_encoder.codecs.linear import principal_subspace
 
-Noise = float | Callable[[int], float]
+Energy = float | Callable[[int], float]  # one, or one for each code size
 
 
 def code_size_auto(
     fit_rows: Tensor,
     held_out_rows: Tensor,
-    noise_energy_per_coordinate: Noise,
+    noise_energy_per_coordinate: Energy,
     rounds: int,
     candidates: Sequence[int],
-    signal_energy: float,
+    signal_energy: Energy,
     fit: Callable[[int], Codec] | None = None,
 ) -> int:
     """The candidate with the smallest expected error; of equals the smallest.
@@ -47,8 +47,8 @@ def code_size_auto(
             function of k, for a clip norm that follows the length of the code.
         rounds: over which noise averages out, >= 1.
         candidates: code sizes >= 1.
-        signal_energy: S > 0, energy of the true mean update in the same unit; an assumption.
-        fit: k -> an orthonormal codec; None for the principal subspace of `fit_rows`, whose projections are nested: one fit serves all.
+        signal_energy: S > 0, energy of the true mean update in the same unit; an assumption, or a function of k.
+        fit: k -> a codec orthonormal in its own metric; None for the principal subspace of `fit_rows`, whose projections are nested: one fit serves all.
     Raises:
         ValueError: for arguments out of range, and for rows that span fewer directions than the largest candidate.
     """
@@ -59,23 +59,26 @@ def code_size_auto(
 def expected_errors(
     fit_rows: Tensor,
     held_out_rows: Tensor,
-    noise_energy_per_coordinate: Noise,
+    noise_energy_per_coordinate: Energy,
     rounds: int,
     candidates: Sequence[int],
-    signal_energy: float,
+    signal_energy: Energy,
     fit: Callable[[int], Codec] | None = None,
 ) -> dict[int, float]:
     """Expected error of each candidate as a share of the signal, 0 to 1: the curve that `code_size_auto` takes the minimum of."""
     if not candidates or min(candidates) < 1 or rounds < 1:
         raise ValueError(f"Expected rounds={rounds} >= 1 and at least one candidate, all >= 1, got {list(candidates)}")
-    total = float(held_out_rows.double().square().sum())
-    if not (math.isfinite(total) and total > 0 and signal_energy > 0):
-        raise ValueError(
-            f"Expected held-out rows and signal_energy={signal_energy} above 0, got {len(held_out_rows)} rows of energy {total}"
-        )
+    noise, signal = (_by_size(energy) for energy in (noise_energy_per_coordinate, signal_energy))
+    least = min(signal(size) for size in candidates)
+    energy = float(held_out_rows.double().square().sum())
+    if not (math.isfinite(energy) and energy > 0 and least > 0):
+        raise ValueError(f"Expected held-out rows and signal_energy={least} above 0, got {len(held_out_rows)} rows of energy {energy}")
     kept = _nested(fit_rows, held_out_rows, candidates) if fit is None else {k: _kept(fit(k), held_out_rows) for k in candidates}
-    noise = noise_energy_per_coordinate if callable(noise_energy_per_coordinate) else lambda size: noise_energy_per_coordinate
-    return {size: wiener_error(kept[size] / total, size * noise(size) / rounds / signal_energy) for size in candidates}
+    return {size: wiener_error(kept[size], size * noise(size) / rounds / signal(size)) for size in candidates}
+
+
+def _by_size(energy: Energy) -> Callable[[int], float]:
+    return energy if callable(energy) else lambda size: energy
 
 
 def wiener_error(signal: float, noise: float) -> float:
@@ -85,12 +88,13 @@ def wiener_error(signal: float, noise: float) -> float:
 
 
 def _nested(fit_rows: Tensor, held_out_rows: Tensor, candidates: Sequence[int]) -> dict[int, float]:
+    """Share of the rows' energy that each size keeps."""
     basis, _ = principal_subspace(fit_rows, max(candidates))
-    sums = (held_out_rows @ basis.T).double().square().sum(0).cumsum(0)
+    sums = (held_out_rows @ basis.T).double().square().sum(0).cumsum(0) / held_out_rows.double().square().sum()
     return {size: float(sums[size - 1]) for size in candidates}
 
 
 def _kept(codec: Codec, rows: Tensor) -> float:
-    if not codec.orthonormal:
-        raise ValueError(f"Expected an orthonormal codec to size, got {codec.name}")
-    return float(codec.encode(rows).double().square().sum())
+    if not (codec.linear and codec.summable):
+        raise ValueError(f"Expected a linear codec to size, got {codec.name}")
+    return float(codec.encode(rows).double().square().sum() / codec.metric(rows).double().square().sum())

@@ -76,7 +76,11 @@ def choose_size(
         except ValueError:  # the prior spans no more directions
             break
         noise[size] = (noise_std * public.clip_norm(rows, fitted[size].encode, config, unit_examples)) ** 2
-    signal = SIGNAL_SHARE * float(public.pseudo_units(rows, unit_examples).double().square().sum(1).mean())
+    units = public.pseudo_units(rows, unit_examples)
+
+    def signal(size: int) -> float:
+        return SIGNAL_SHARE * float(fitted[size].metric(units).double().square().sum(1).mean())
+
     try:
         return code_size_auto(rows.fit, rows.held_out, noise.get, config.federation.rounds, list(fitted), signal, fitted.get)
     except ValueError as error:
@@ -84,4 +88,5 @@ def choose_size(
 
 
 def _fit(config: Config, layout: AdapterLayout, prior: GaussianPrior | None, size: int | None, noise_std: float, seed: int) -> Codec:
-    return codecs.CODECS[config.codec.family].fit(prior, layout, size, noise_std, seed, steps=config.codec.fit_steps)
+    more = {"parts": tuple(config.codec.parts)} if config.codec.family == "chain" else {}
+    return codecs.CODECS[config.codec.family].fit(prior, layout, size, noise_std, seed, steps=config.codec.fit_steps, **more)

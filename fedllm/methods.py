@@ -162,6 +162,7 @@ PRIORS_OF = {
     "topk": ("none",),
     "powersgd": ("none",),
 }
+CHAINS = (("coordinate", "allocation", "kronecker"), ("linear", "coordinate"))  # what may stand first and second in codec.parts
 FIXED_SIZE = ("autoencoder", "identity", "allocation")  # families that fix the code's size
 FREE_OF_PRIOR = ("sketch", "identity", "topk", "powersgd")
 NOT_SUMMABLE = ("topk", "powersgd")  # a code stands for its own update alone: no sum of codes, hence no privacy
@@ -227,6 +228,9 @@ def check_combination(config: Config) -> None:
             "codec.error_feedback=true: expected false with privacy.enabled=true; the residual carries un-noised data into later "
             "messages, a release that no ledger has"
         )
+    if codec.family == "chain" and not (len(codec.parts) == 2 and codec.parts[0] in CHAINS[0] and codec.parts[1] in CHAINS[1]):
+        first, second = (" or ".join(names) for names in CHAINS)
+        raise UserError(f"codec.parts={codec.parts}: expected two families, {first}, then {second}")
     most = fit_rows(codec.public_examples)
     if codec.family in ("linear", "chain") and codec.prior == "public" and codec.code_size != "auto" and codec.code_size > most:
         raise UserError(

@@ -89,6 +89,7 @@ class FederationConfig:
 @dataclass
 class CodecConfig:
     family: str = "linear"
+    parts: list[str] = field(default_factory=lambda: ["coordinate", "linear"])  # of a chain: two families, the first one's code coded again
     prior: str = "public"  # public | moments | parts joined by +: public+released+random | none
     weights: list[float] | None = None  # of the prior's parts: shares of its second moment
     code_size: Any = 128  # a number, auto (from a held-out public spectrum), or null: what the family fixes (identity, autoencoder)

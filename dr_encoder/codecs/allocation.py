@@ -50,6 +50,9 @@ class AllocationCodec(Codec):
     def encode(self, updates: Tensor) -> Tensor:
         return updates / self.scale
 
+    def metric(self, updates: Tensor) -> Tensor:
+        return self.encode(updates)
+
     def decode(self, mean_code: Tensor, noise_std: float = 0.0) -> Tensor:
         return mean_code * wiener_gain(mean_code, noise_std, self.variance) * self.scale
 

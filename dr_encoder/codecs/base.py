@@ -55,6 +55,10 @@ class Codec:
         """Mean code [k], with noise of `noise_std` in each coordinate, -> update [n]. One update's code where not `summable`."""
         raise NotImplementedError
 
+    def metric(self, updates: Tensor) -> Tensor:
+        """Updates [units, n] -> the same in the coordinates in which the code is an orthonormal projection, where there are any."""
+        return updates
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors and the JSON-able values that define the codec."""
         raise NotImplementedError

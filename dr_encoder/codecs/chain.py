@@ -1,4 +1,9 @@
-"""Two codecs in a row: the second codes the first one's code. Cheap and wide first (coordinate), then narrow and exact (linear)."""
+"""Two codecs in a row: the second codes the first one's code. Cheap and wide first, then narrow and exact: `coordinate` then `linear`.
+
+`allocation` then `linear` is the principal subspace in the metric of an Adam server. Adam divides a coordinate by the root of its second
+moment, so that g^T D^-1 g with D = diag(rms) is what a step along g gains; `allocation` divides a factor by the square root of its rms.
+Without it a factor of large gradients (a new head) takes the whole code, and the others are lost though Adam would move them as far.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +69,9 @@ class ChainCodec(Codec):
 
     def encode(self, updates: Tensor) -> Tensor:
         return self.inner.encode(self.outer.encode(updates))
+
+    def metric(self, updates: Tensor) -> Tensor:
+        return updates if self.orthonormal else self.outer.metric(updates)
 
     def decode(self, mean_code: Tensor, noise_std: float = 0.0) -> Tensor:
         return self.outer.decode(self.inner.decode(mean_code, noise_std))

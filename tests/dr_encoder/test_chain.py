@@ -63,3 +63,28 @@ def test_the_claims_are_those_of_the_parts(tmp_path):
 def test_what_makes_no_chain_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         fit(4, **options)
+
+
+def test_allocation_then_linear_is_the_principal_subspace_in_the_metric_of_an_adam_server():
+    """A factor of large gradients does not take the whole code; in the scaled coordinates the code is an orthonormal projection."""
+    generator = torch.Generator().manual_seed(2)
+    layout = AdapterLayout.of([("head", torch.zeros(6)), ("lora", torch.zeros(40))])
+    loud = 100 * torch.randn(80, 6, generator=generator) * 0.9 ** torch.arange(6)
+    quiet = torch.randn(80, 40, generator=generator) * 0.5 ** torch.arange(40)
+    updates = torch.cat([loud, quiet], 1)
+    prior = from_public_gradients(layout, updates[:60])
+    codec = CODECS["chain"].fit(prior, layout, 8, 0.0, 0, parts=("allocation", "linear"))
+    plain = CODECS["linear"].fit(prior, layout, 6, 0.0, 0)
+    held_out = updates[60:]
+
+    def quiet_kept(codec):
+        found = torch.stack([codec.decode(code) for code in codec.encode(held_out)])
+        return float(1 - (found - held_out)[:, 6:].square().sum() / held_out[:, 6:].square().sum())
+
+    assert quiet_kept(plain) < 0.1 < 0.6 < quiet_kept(codec)
+    rms = torch.cat([loud[:60].square().mean().sqrt().expand(6), quiet[:60].square().mean().sqrt().expand(40)])
+    scaled = codec.metric(held_out)
+    by_hand = held_out / rms.sqrt()
+    assert torch.allclose(scaled / scaled.norm(), by_hand / by_hand.norm(), atol=1e-5)
+    basis, _ = principal_subspace(codec.metric(updates[:60]), 8)
+    assert torch.allclose((scaled @ basis.T).norm(dim=1), codec.encode(held_out).norm(dim=1), rtol=1e-4)

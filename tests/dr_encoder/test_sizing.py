@@ -62,7 +62,7 @@ def test_any_orthonormal_codec_can_be_sized():
         return CODECS["coordinate"].fit(prior, layout, size, 0.0, 0)
 
     assert expected_errors(BASIS_ROWS, HELD_OUT, 0.02, 1, CANDIDATES, SIGNAL, fit) == pytest.approx(by_hand(0.02), rel=1e-4)
-    with pytest.raises(ValueError, match="orthonormal codec to size, got topk"):
+    with pytest.raises(ValueError, match="linear codec to size, got topk"):
         code_size_auto(BASIS_ROWS, HELD_OUT, 0.02, 1, [4], SIGNAL, lambda size: CODECS["topk"].fit(None, layout, size, 0.0, 0))
 
 
