@@ -48,7 +48,8 @@ def code_size_auto(
         rounds: over which noise averages out, >= 1.
         candidates: code sizes >= 1.
         signal_energy: S > 0, energy of the true mean update in the same unit; an assumption, or a function of k.
-        fit: k -> a codec orthonormal in its own metric; None for the principal subspace of `fit_rows`, whose projections are nested: one fit serves all.
+        fit: k -> a codec, orthonormal in its own metric; None for the principal subspace of `fit_rows`, whose projections are nested: one
+            fit serves all.
     Raises:
         ValueError: for arguments out of range, and for rows that span fewer directions than the largest candidate.
     """
