@@ -195,7 +195,7 @@ RANGES = [
     ("codec.fit_steps", "0"), ("codec.code_size", "0"), ("codec.code_size", "-8"), ("privacy.target.epsilon", "0"),
     ("privacy.target.epsilon", "-1"), ("privacy.target.epsilon", ".inf"), ("privacy.target.epsilon", ".nan"),
     ("privacy.target.delta", "0"), ("privacy.target.delta", "1"), ("privacy.target.delta", "1.5"), ("privacy.target.delta", "-1e-5"),
-    ("privacy.stage1_share", "0"), ("privacy.stage1_share", "1"), ("privacy.clip.quantile", "0"), ("privacy.clip.quantile", "1"),
+    ("privacy.stage1_share", "-0.1"), ("privacy.stage1_share", "1"), ("privacy.clip.quantile", "0"), ("privacy.clip.quantile", "1"),
     ("privacy.clip.lr", "0"), ("privacy.clip.bit_multiplier", "0.5"), ("privacy.clip.norm", "0"), ("privacy.clip.norm", "-2"),
     ("privacy.clip.norm", "true"), ("privacy.clip.norm", "big"), ("privacy.clip.norm", ".inf"), ("privacy.clip.norm", ".nan"),
     ("privacy.clip.norm", "[1]"), ("seed", "-1"), ("seed", str(2**80)),
