@@ -26,6 +26,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_plot")
 SEEDED = ["seed=3", "federation.rounds=3", "codec.refresh=1"]
 # What a method needs of its user.
 NEEDS = {"user_level": USERS, "dp_fedlora:published": ["federation.local.lr=0.1"]}
+# What begins anew after each round, as it was at the start.
+RESTARTED = {}
 RUNS = {}
 
 
@@ -46,17 +48,22 @@ def once(configured, monkeypatch, tmp_path_factory):
     return get
 
 
+def kind_of(factor: str) -> str:
+    """A, B, ... of the name of a LoRA factor."""
+    return factor.split("lora_")[-1].split(".")[0]
+
+
 @pytest.mark.parametrize("method", list(METHODS))
 class TestConformance:
-    def test_the_adapter_has_changed_in_every_part_that_is_trained(self, method, once, configured):
-        _, folder, _ = once(method)
+    def test_every_trained_part_has_changed_and_every_layer_does_something(self, method, once, configured):
+        _, folder, trained = once(method)
         config = configured("fresh", f"method={method}", *SEEDED, *NEEDS.get(method, []))
-        setting = build(run.resolve(config), config.seed)
-        before = {name: value.detach().clone() for name, value in setting.engine.parameters.items()}
-        load_into = build(run.resolve(config), config.seed, adapter=folder / "adapter").engine.parameters
-        kinds = {name.split("lora_")[-1].split(".")[0] for name in before}
-        changed = {name.split("lora_")[-1].split(".")[0] for name in before if not torch.equal(before[name], load_into[name])}
-        assert changed == kinds
+        start, now = build(run.resolve(config), config.seed).engine.parameters, dict(trained.named_parameters())
+        changed = {kind_of(name) for name, value in start.items() if not torch.equal(value, now[name])}
+        assert changed == {kind_of(name) for name in start} - RESTARTED.get(method, set())
+        saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+        layers = [name.removesuffix("lora_A.weight") for name in saved if name.endswith("lora_A.weight")]
+        assert len(layers) == 4 and all((saved[f"{name}lora_B.weight"] @ saved[f"{name}lora_A.weight"]).any() for name in layers)
 
     def test_the_adapter_reloads_in_peft(self, method, once, tiny):
         _, folder, trained = once(method)
