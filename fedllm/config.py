@@ -71,6 +71,7 @@ def check(config: Config) -> None:
     one_of("federation.transport", fed.transport, ("simulation",))
     one_of("federation.partition.kind", fed.partition.kind, ("iid", "dirichlet", "column"))
     one_of("federation.server.optimizer", fed.server.optimizer, ("sgd", "momentum", "adam"))
+    one_of("federation.server.schedule", fed.server.schedule, ("constant", "linear"))
     one_of("codec.bits", codec.bits, (8, 16, 32))
     one_of("privacy.unit", privacy.unit, ("client", "user"))
     one_of("privacy.noise", privacy.noise, ("distributed", "local", "central"))

@@ -33,7 +33,7 @@ from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
 from fedllm.schema import Config
-from fedllm.server import ServerOptimizer, decoded_mean, noisy_mean
+from fedllm.server import SCHEDULES, ServerOptimizer, decoded_mean, noisy_mean
 from fedllm.setting import Setting
 from fedllm.stopwatch import Stopwatch
 from fedllm.training.engine import Evaluation
@@ -175,7 +175,7 @@ class Federation:
             update = self.engine.adapter() + update
         with self.watch.phase("server"):
             try:
-                self.engine.load(self.optimizer.step(update))
+                self.engine.load(self.optimizer.step(update, SCHEDULES[fed.server.schedule](number, fed.rounds)))
             except FloatingPointError as error:
                 raise RunStopped(f"round {number + 1}: {error}; the state after round {number} is kept") from None
         self.progress.rounds += 1

@@ -68,6 +68,7 @@ class LocalConfig:
 class ServerConfig:
     optimizer: str = "adam"  # sgd | momentum | adam
     lr: float = 1e-3
+    schedule: str = "constant"  # constant | linear (down to lr / rounds in the last round)
     momentum: float = 0.9
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
 

@@ -15,7 +15,7 @@ from fedllm.privacy.events import message_multiplier, sum_multiplier
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
 from fedllm.schema import ServerConfig
-from fedllm.server import ServerOptimizer, decoded_mean, noisy_mean
+from fedllm.server import SCHEDULES, ServerOptimizer, decoded_mean, noisy_mean
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -464,3 +464,10 @@ def test_what_is_released_lies_on_the_lattice(mode, bits):
     what, noise = spec(noise=mode, bits=bits), Noise(seed=1)
     steps = noisy_mean(sent_by(what, range(7), noise), what, noise).double() * what.expected / what.scale
     assert (steps - steps.round()).abs().max() < 1e-2 * steps.abs().max().clamp(min=1) / 100
+
+
+def test_a_linear_schedule_shortens_steps_to_a_last_one_of_lr_over_rounds():
+    optimizer = ServerOptimizer(torch.zeros(2), ServerConfig("sgd", lr=0.5))
+    steps = [optimizer.step(torch.tensor([1.0, -2.0]), SCHEDULES["linear"](number, 4)) for number in range(4)]
+    assert torch.allclose(torch.stack(steps)[:, 0], -0.5 * torch.tensor([1.0, 1.75, 2.25, 2.5]))
+    assert SCHEDULES["linear"](3, 4) == 0.25 and SCHEDULES["constant"](3, 4) == 1.0
