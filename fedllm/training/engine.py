@@ -105,8 +105,6 @@ class TorchEngine:
                 self.gradients.batch(torch.from_numpy(row_of[batch.index]))
                 losses, _ = self.objective(self.model, batch, torch.from_numpy(data.targets[examples[batch.index]]))
                 (losses * torch.from_numpy(weight[batch.index]).float()).sum().backward()
-            for value in self.parameters.values():
-                value.grad = None
         return self.gradients.end()
 
     def _path(self, data: Encoded, unit: np.ndarray, steps: int, lr: float) -> Tensor:

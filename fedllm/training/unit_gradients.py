@@ -1,76 +1,124 @@
-"""Per-unit gradients in one backward pass: clients that take one step at the same model share large batches, and hooks keep them apart.
+"""Per-unit gradients in one backward pass: clients that take one step at the same model share large batches, and each unit has a row.
 
-For a linear layer y = x W^T + b the gradient of one example's loss is the sum over its positions of dy x^T. A forward hook keeps x, a hook
-on y receives dy, and the product is added to the row of the example's unit. (Goodfellow 2015, arXiv 1510.01799.)
+For a linear layer y = x W^T + b the gradient of one example's loss is the sum over its positions of dy x^T (Goodfellow 2015, arXiv
+1510.01799). While gradients are collected, the backward pass of every trainable linear layer adds that product to the row of the
+example's unit instead of summing it over the batch: one product takes the place of another, so a private step costs what a plain one does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dr_encoder.layout import AdapterLayout
 
+Add = Callable[[Tensor, Tensor], None]  # (x [batch, ..., in], dy [batch, ..., out])
+
 
 class UnitGradients:
-    """Hooks on every trainable linear layer that sum gradients by privacy unit.
+    """Takes over the trainable linear layers of a model, to sum gradients by privacy unit.
 
-    Loss must be a sum of per-example terms, and no trainable layer may mix examples of a batch.
-    Raises ValueError for a trainable parameter outside a linear layer.
+    The loss must be a sum of per-example terms, no layer may mix examples, and trainable layers see the batch in their first dimension.
+    A recomputed forward pass (gradient checkpointing of either kind) adds nothing.
+    Raises ValueError for a trainable parameter outside a plain linear layer.
     """
 
     def __init__(self, model: nn.Module, layout: AdapterLayout):
         self.layout = layout
-        self._places = {factor.name: factor for factor in layout.factors}
-        self._rows: Tensor | None = None
+        self._parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self._places = {id(self._parameters[factor.name]): slice(factor.offset, factor.stop) for factor in layout.factors}
+        self._rows: Tensor | slice | None = None
         self._sums: Tensor | None = None
-        self._handles = []
         covered = set()
         for name, module in model.named_modules():
-            own = {f"{name}.{key}" for key, value in module.named_parameters(recurse=False) if value.requires_grad}
+            own = {f"{name}.{key}": value for key, value in module.named_parameters(recurse=False) if value.requires_grad}
             if not own:
                 continue
-            if not isinstance(module, nn.Linear):
+            if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
                 kind = type(module).__name__
                 raise ValueError(f"Expected trainable parameters in linear layers only, found {min(own)} in a {kind}")
-            covered |= own
-            self._handles.append(module.register_forward_hook(self._forward_hook(name)))
+            covered |= {id(value) for value in own.values()}
+            module.forward = partial(self._forward, module)
         missing = set(self._places) - covered
         if missing:
-            raise ValueError(f"Expected every factor in a linear layer, {min(missing)} is in none")
+            name = min(name for name, value in self._parameters.items() if id(value) in missing)
+            raise ValueError(f"Expected every factor in a linear layer, {name} is in none")
 
     def begin(self, units: int) -> None:
         """Start collecting into zeroed rows [units, n], float32."""
+        for value in self._parameters.values():
+            value.grad = None
         self._sums = torch.zeros(units, self.layout.size)
 
     def batch(self, rows: Tensor) -> None:
-        """Say which unit each example of the next batch belongs to, int64 [batch]."""
-        self._rows = rows
+        """Say which unit each example of the next batch belongs to, int64 [batch]; its backward pass comes before the next batch."""
+        first = int(rows[0]) if len(rows) else 0
+        consecutive = slice(first, first + len(rows))
+        self._rows = consecutive if torch.equal(rows, torch.arange(first, consecutive.stop)) else rows
 
     def end(self) -> Tensor:
-        """The collected sums [units, n]; collecting stops."""
+        """The collected sums [units, n]; collecting stops.
+
+        Raises RuntimeError where a parameter was also used outside its layer: that part of its gradient is in no row.
+        """
         sums, self._sums, self._rows = self._sums, None, None
+        for name, value in self._parameters.items():
+            if value.grad is not None:
+                raise RuntimeError(f"{name} is used outside its linear layer; expected per-unit gradients to be whole")
         return sums
 
-    def _forward_hook(self, name: str):
-        def hook(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if self._sums is None or not output.requires_grad:
-                return
-            x = inputs[0].detach()
-            output.register_hook(lambda dy: self._add(name, module, x, dy))
+    def _forward(self, module: nn.Linear, x: Tensor) -> Tensor:
+        if self._sums is None or not torch.is_grad_enabled():
+            return F.linear(x, module.weight, module.bias)
+        return _Linear.apply(x, module.weight, module.bias, partial(self._add, module))
 
-        return hook
+    def _add(self, module: nn.Linear, x: Tensor, dy: Tensor) -> None:
+        """Add each example's product to the row of its unit."""
+        rows = len(self._rows) if isinstance(self._rows, Tensor) else self._rows.stop - self._rows.start
+        if len(x) != rows:
+            raise RuntimeError(f"Expected the batch of {rows} examples in the first dimension of a trainable layer, got {list(x.shape)}")
+        x, dy = (value.float().unsqueeze(1).flatten(1, -2) for value in (x, dy))
+        self._add_to(module.weight, lambda: _products(dy, x))
+        self._add_to(module.bias, lambda: dy.sum(1))
 
-    def _add(self, name: str, module: nn.Linear, x: Tensor, dy: Tensor) -> None:
-        if x.dim() == 2:
-            x, dy = x[:, None], dy[:, None]
-        x, dy = x.float(), dy.float()
-        self._add_to(f"{name}.weight", lambda: torch.bmm(dy.transpose(1, 2), x))
-        if module.bias is not None:
-            self._add_to(f"{name}.bias", lambda: dy.sum(1))
+    def _add_to(self, parameter: Tensor | None, gradients: Callable[[], Tensor]) -> None:
+        place = self._places.get(id(parameter))
+        if place is None:
+            return
+        part = self._sums[:, place].view(-1, *parameter.shape)
+        if isinstance(self._rows, slice):  # units of one example
+            part[self._rows] += gradients()
+        else:
+            part.index_add_(0, self._rows, gradients())
 
-    def _add_to(self, name: str, gradients) -> None:
-        factor = self._places.get(name)
-        if factor is not None:
-            part = self._sums[:, factor.offset : factor.stop]
-            part.index_add_(0, self._rows, gradients().flatten(1))
+
+def _products(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x of each example: [batch, t, out], [batch, t, in] -> [batch, out, in]. The narrow side comes first: up to 7 times as fast."""
+    if dy.shape[-1] <= x.shape[-1]:
+        return torch.bmm(dy.transpose(1, 2), x)
+    return torch.bmm(x.transpose(1, 2), dy).transpose(1, 2)
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer whose parameters get no gradient: `add` is told what it is made of."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, add: Add) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.add = add
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, None, None, None]:
+        x, weight = ctx.saved_tensors
+        ctx.add(x, dy)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        narrow = weight.shape[1] < weight.shape[0]  # as in `_products`
+        dx = (weight.T @ dy.flatten(0, -2).T).T.reshape(x.shape) if narrow else dy @ weight
+        return dx, None, None, None
