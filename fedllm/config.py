@@ -73,7 +73,7 @@ def check(config: Config) -> None:
     one_of("federation.server.optimizer", fed.server.optimizer, ("sgd", "momentum", "adam"))
     one_of("federation.server.schedule", fed.server.schedule, ("constant", "linear"))
     one_of("codec.bits", codec.bits, (8, 16, 32))
-    one_of("privacy.unit", privacy.unit, ("client", "user"))
+    one_of("privacy.unit", privacy.unit, ("client", "user", "example"))
     one_of("privacy.noise", privacy.noise, ("distributed", "local", "central"))
     one_of("privacy.noise_in", privacy.noise_in, ("code", "update"))
     one_of("privacy.clip.mode", privacy.clip.mode, ("fixed", "adaptive"))
@@ -124,9 +124,9 @@ def check(config: Config) -> None:
             )
     else:
         if fed.unit_sampling_rate is None:
-            raise UserError("federation.unit_sampling_rate: expected a rate in (0, 1] with privacy.unit=user, got null")
+            raise UserError(f"federation.unit_sampling_rate: expected a rate in (0, 1] with privacy.unit={privacy.unit}, got null")
         in_range("federation.unit_sampling_rate", fed.unit_sampling_rate, 0, 1, open_low=True)
-        if task.columns.user is None:
+        if privacy.unit == "user" and task.columns.user is None:
             raise UserError("task.columns.user: expected the column that names the user with privacy.unit=user, got null")
     if task.public is not None and task.public == task.source:
         raise UserError(f"task.public={task.public}: expected a source other than the task's own; private text is never public")

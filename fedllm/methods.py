@@ -255,10 +255,17 @@ def check_combination(config: Config) -> None:
         raise UserError("privacy.clip.mode=adaptive: expected fixed with privacy.noise_in=update")
     if privacy.enabled and privacy.noise == "central" and privacy.target.adversary == "server":
         raise UserError("privacy.target.adversary=server: expected release with privacy.noise=central, where the server is trusted")
-    if privacy.enabled and privacy.noise == "central" and privacy.unit == "user" and codec.bits != 32:
+    if privacy.enabled and privacy.noise == "central" and privacy.unit != "client" and codec.bits != 32:
         raise UserError(
-            f"codec.bits={codec.bits}: expected 32 with privacy.noise=central and privacy.unit=user; "
-            "rounding before the noise would need a second clip per user, which the server cannot do"
+            f"codec.bits={codec.bits}: expected 32 with privacy.noise=central and privacy.unit={privacy.unit}; "
+            f"rounding before the noise would need a second clip per {privacy.unit}, which the server cannot do"
+        )
+    if privacy.unit == "example" and fed.local.steps != 1:
+        raise UserError(f"federation.local.steps={fed.local.steps}: expected 1 with privacy.unit=example, whose unit is one gradient")
+    if privacy.unit != "client" and (codec.family in NOT_SUMMABLE or codec.error_feedback):
+        raise UserError(
+            f"privacy.unit={privacy.unit}: expected client with codec.family={codec.family}, codec.error_feedback={codec.error_feedback}; "
+            "a client of several units sends the sum of their codes"
         )
     if privacy.unit == "user" and fed.partition.kind == "dirichlet":
         raise UserError("federation.partition.kind=dirichlet: expected iid or column with privacy.unit=user")

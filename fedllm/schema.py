@@ -78,7 +78,7 @@ class FederationConfig:
     clients: int = 2000
     expected_cohort: int = 100
     max_cohort: int | None = None
-    unit_sampling_rate: float | None = None
+    unit_sampling_rate: float | None = None  # unit user or example: Poisson rate at which every client samples its own
     rounds: int = 10
     weights: str = "uniform"  # uniform | examples (by each client's number; under privacy :published methods alone)
     transport: str = "simulation"
@@ -130,7 +130,7 @@ class ClipConfig:
 class PrivacyConfig:
     enabled: bool = True
     target: TargetConfig = field(default_factory=TargetConfig)
-    unit: str = "client"  # client | user
+    unit: str = "client"  # client | user | example: who takes part or not is one client, or one user or example inside every client
     noise: str = "distributed"  # distributed | local | central
     noise_in: str = "code"  # code | update
     clip: ClipConfig = field(default_factory=ClipConfig)

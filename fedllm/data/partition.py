@@ -70,13 +70,14 @@ class Partition:
         """Identities of the client's privacy units [units], distinct over all clients unless `shared`."""
         return np.array([client], dtype=np.int64) if self.unit == "client" else self._items(client)
 
-    def units(self, client: int) -> list[np.ndarray]:
-        """The records of each of the client's units, in the order of `unit_ids`."""
+    def units(self, client: int, some: np.ndarray | slice = slice(None)) -> list[np.ndarray]:
+        """The records of each of the client's units, in the order of `unit_ids`; of `some`, positions in it, only those are touched."""
         if self.unit == "client":
-            return [self.records(client)]
+            return [self.records(client) for _ in self.unit_ids(client)[some]]
+        items = self._items(client)[some]
         if self._user_records is not None:
-            return [self._user_records[item] for item in self._items(client)]
-        return [np.array([item], dtype=np.int64) for item in self._items(client)]
+            return [self._user_records[item] for item in items]
+        return [np.array([item], dtype=np.int64) for item in items]
 
     @property
     def unit_count(self) -> int:

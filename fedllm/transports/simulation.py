@@ -21,6 +21,7 @@ from fedllm.stopwatch import Stopwatch
 from fedllm.transports import expect_codec, register
 
 RESIDUAL = "residual."
+SLICE_BYTES = 32 * 2**20  # of updates encoded and clipped at once
 
 
 @register("simulation")
@@ -70,42 +71,52 @@ class Simulation:
         if encode is None:
             expect_codec(self.held, spec.codec)
             encode = self.codec.encode
-        vectors = self._of_clients(spec, encode) if spec.unit == "client" else self._of_users(spec, encode)
+        vectors = self._of_clients(spec, encode) if spec.unit == "client" else self._of_units(spec, encode)
         for client, vector in vectors:
             with self.watch.phase("messages"):
                 sent = message(vector, spec, client, self.noise, encode)
             yield sent
 
-    def _of_clients(self, spec: PrivateSum, encode: Encode) -> Iterator[tuple[int, torch.Tensor]]:
+    def _of_clients(self, spec: PrivateSum, encode: Encode) -> Iterator[tuple[int, Tensor]]:
         """The client is the unit: a truncated Poisson cohort."""
         cohort = self.noise.sample_cohort(spec.clients, spec.sampling_rate, spec.max_cohort, stage=spec.stage, round=spec.round)
-        records = [self.setting.partition.records(client) for client in cohort]
-        for where, updates in self._updates(records):
-            with self.watch.phase("codec"):
-                if self.feedback is not None:
-                    vectors = torch.stack([self.feedback.compress(*one) for one in zip(cohort[where].tolist(), updates, strict=True)])
-                else:
-                    vectors = unit_vectors(updates, encode, spec)
-            yield from zip(cohort[where].tolist(), vectors, strict=True)
 
-    def _of_users(self, spec: PrivateSum, encode: Encode) -> Iterator[tuple[int, torch.Tensor]]:
-        """Every client takes part and samples its own units by Poisson."""
+        def vectors(where: slice, updates: Tensor) -> Tensor:
+            if self.feedback is None:
+                return unit_vectors(updates, encode, spec)
+            return torch.stack([self.feedback.compress(*one) for one in zip(cohort[where].tolist(), updates, strict=True)])
+
+        records = [self.setting.partition.records(client) for client in cohort]
+        for where, some in self._trained(records, vectors):
+            yield from zip(cohort[where].tolist(), some, strict=True)
+
+    def _of_units(self, spec: PrivateSum, encode: Encode) -> Iterator[tuple[int, Tensor]]:
+        """Every client takes part and samples its own users or examples by Poisson; how many it took, it tells nobody."""
+        partition, tokens = self.setting.partition, self.setting.train.tokens
         for client in range(spec.clients):
-            units = self.setting.partition.units(client)
-            taken = self.noise.uniform((len(units),), purpose="units", stage=spec.stage, round=spec.round, client=client)
-            chosen = [unit for unit, draw in zip(units, taken, strict=True) if draw < spec.sampling_rate]
+            units = len(partition.unit_ids(client))
+            draws = self.noise.uniform((units,), purpose="units", stage=spec.stage, round=spec.round, client=client)
+            chosen = partition.units(client, np.flatnonzero(draws < spec.sampling_rate))
+            chosen.sort(key=lambda unit: max((len(tokens[i]) for i in unit), default=0))  # alike lengths together: less padding
             length = self.setting.engine.layout.size if spec.noise_in == "update" else spec.size
             total = torch.zeros(length, dtype=torch.float64)
-            for _, updates in self._updates(chosen):
-                with self.watch.phase("codec"):
-                    total += unit_vectors(updates, encode, spec).sum(0, dtype=torch.float64)
+            for _, clipped in self._trained(chosen, lambda _, updates: unit_vectors(updates, encode, spec)):
+                total += clipped.sum(0, dtype=torch.float64)
             yield client, total
 
-    def _updates(self, records: list[np.ndarray]) -> Iterator[tuple[slice, torch.Tensor]]:
-        updates = self.setting.engine.updates(self.setting.train, records, self.local.steps, self.local.lr)
+    def _trained(self, records: list[np.ndarray], vectors: Callable[[slice, Tensor], Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """Local training of units, and what their updates [some, n] become: (which units, `vectors` of them), a slice at a time."""
+        chunks = self.setting.engine.updates(self.setting.train, records, self.local.steps, self.local.lr)
         while True:
             with self.watch.phase("local_training"):
-                some = next(updates, None)
-            if some is None:
+                chunk = next(chunks, None)
+            if chunk is None:
                 return
-            yield some
+            where, updates = chunk
+            size = max(1, SLICE_BYTES // (4 * updates.shape[1]))  # clipping makes a few copies
+            for start in range(where.start, where.stop, size):
+                part = slice(start, min(start + size, where.stop))
+                with self.watch.phase("codec"):
+                    made = vectors(part, updates[start - where.start : part.stop - where.start])
+                yield part, made
+            del chunk, updates  # before the next chunk is made

@@ -5,6 +5,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 MOMENTS = ["codec.family=coordinate", "codec.prior=moments"]
 AUTOENCODER = ["codec.family=autoencoder", "codec.code_size=null"]
 USERS = ["privacy.unit=user", "task.columns.user=user", "federation.unit_sampling_rate=0.5", "federation.clients=4"]
+EXAMPLES = ["privacy.unit=example", "federation.unit_sampling_rate=0.2", "federation.clients=4"]
+ONE_CLIENT = ["federation.clients=1", "privacy.noise=central", "codec.bits=32"]
 LOSSY = ["privacy.enabled=false", "codec.error_feedback=true"]
 SETTINGS = {
     "client fit": ["seed=5", "codec.fit_at=client", "codec.refresh=2", "federation.rounds=3"],

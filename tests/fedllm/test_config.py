@@ -12,6 +12,7 @@ from fedllm.errors import UserError
 from fedllm.methods import METHODS, fit_rows, held_out_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+EXAMPLE = ["privacy.unit=example", "federation.unit_sampling_rate=0.5"]
 USER = ["privacy.unit=user", "task.columns.user=user", "federation.unit_sampling_rate=0.5"]
 
 
@@ -235,6 +236,13 @@ COMBINATIONS = [
     (["privacy.clip.mode=adaptive", "privacy.noise_in=update"], "privacy.clip.mode=adaptive: expected fixed"),
     (["privacy.noise=central", "privacy.target.adversary=server"], "privacy.target.adversary=server: expected release"),
     ([*USER, "privacy.noise=central"], "codec.bits=16: expected 32"),
+    ([*EXAMPLE, "privacy.noise=central"], "codec.bits=16: expected 32"),
+    (["privacy.unit=example"], "federation.unit_sampling_rate: expected a rate in (0, 1] with privacy.unit=example"),
+    ([*EXAMPLE, "federation.local.steps=2"], "federation.local.steps=2: expected 1 with privacy.unit=example"),
+    ([*USER, "privacy.enabled=false", "codec.family=topk"], "privacy.unit=user: expected client with codec.family=topk"),
+    ([*EXAMPLE, "privacy.enabled=false", "codec.error_feedback=true"], "privacy.unit=example: expected client"),
+    ([*EXAMPLE, "privacy.noise=local", "codec.decode=each"], "codec.decode=each: expected privacy.noise=local and privacy.unit=client"),
+    (["privacy.unit=patient"], "privacy.unit=patient: expected one of client, user, example"),
     ([*USER, "federation.partition.kind=dirichlet"], "federation.partition.kind=dirichlet: expected iid or column"),
     (["privacy.unit=user", "task.columns.user=user"], "federation.unit_sampling_rate: expected a rate"),
     (["privacy.unit=user", "federation.unit_sampling_rate=0.5"], "task.columns.user: expected the column"),
@@ -263,6 +271,8 @@ def test_what_makes_sense_is_not_refused(empty):
     load_config(empty, ["method=fedit", "task.public=null"])
     load_config(empty, [*USER, "privacy.noise=central", "codec.bits=32"])
     load_config(empty, ["codec.fit_at=client", "codec.prior=public+random"])
+    load_config(empty, [*EXAMPLE, "federation.clients=1", "privacy.noise=central", "codec.bits=32"])
+    load_config(empty, [*EXAMPLE, "privacy.enabled=false", "federation.partition.kind=dirichlet"])
     load_config(empty, ["federation.expected_cohort=2000", "federation.max_cohort=2000"])
     load_config(empty, ["privacy.target.delta=0.01"])  # above 1/clients: a warning when it runs, no refusal
 

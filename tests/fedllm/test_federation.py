@@ -16,7 +16,7 @@ from fedllm.errors import UserError
 from fedllm.privacy import adversaries
 from fedllm.privacy.ledger import ENTRY_KEYS, HEADER_KEYS, read_ledger
 from fedllm.privacy.noise import Noise
-from tests.fedllm.runs import AUTOENCODER, MOMENTS, USERS, adapter_of, scalars, told
+from tests.fedllm.runs import AUTOENCODER, EXAMPLES, MOMENTS, ONE_CLIENT, USERS, adapter_of, scalars, told
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,6 +26,7 @@ RESULT_KEYS = {
     "clients", "expected_cohort", "diagnostics", "seconds", "peak_memory_bytes", "seed", "versions", "history", "codec_bytes",
 }  # fmt: skip
 PHASES = {"setup", "stage1", "local_training", "codec", "privacy", "messages", "server", "evaluation", "total"}
+
 
 def test_a_run_writes_all_that_is_promised(tiny, configured, tmp_path, monkeypatch):
     built = []
@@ -96,6 +97,13 @@ MODES = {
     "users, in update": [*USERS, "privacy.noise_in=update"],
     "users, central": [*USERS, "privacy.noise=central", "codec.bits=32", "federation.partition.kind=iid"],
     "users by column": [*USERS, "federation.partition.kind=column", "federation.clients=9"],
+    "examples": EXAMPLES,
+    "examples, one client": [*EXAMPLES, *ONE_CLIENT],
+    "examples, in update": [*EXAMPLES, "privacy.noise_in=update", "privacy.noise=local"],
+    "examples, adaptive": [*EXAMPLES, "privacy.clip.mode=adaptive"],
+    "examples, moments": [*EXAMPLES, *MOMENTS],
+    "examples by column": [*EXAMPLES, "federation.partition.kind=column", "federation.clients=9", "task.columns.user=user"],
+    "examples, dirichlet": [*EXAMPLES, "federation.partition.kind=dirichlet"],
     "moments": MOMENTS,
     "moments, linear": ["codec.prior=moments"],
     "moments, users, local": [*MOMENTS, *USERS, "privacy.noise=local"],
@@ -129,6 +137,8 @@ def test_every_mode_runs_within_its_target(mode, configured, tmp_path, no_plot):
     assert any(value.any() for key, value in saved.items() if "lora_B" in key)
     if config.privacy.unit == "user":
         assert results["expected_cohort"] == 4.5 and header["units"] == 9  # three of the twelve users are held out
+    if config.privacy.unit == "example":
+        assert header["units"] == 120 and results["expected_cohort"] == 24
     if config.privacy.clip.mode == "adaptive":
         clips = [entry["clip"] for entry in entries]
         assert clips[0] != clips[1] and 0.5 < clips[1] / clips[0] < 2
@@ -160,7 +170,6 @@ def test_the_size_is_chosen_once_and_told(family, configured, tmp_path, no_plot,
     assert capfd.readouterr().err.count("chosen from public gradients") == 1
 
 
-
 def test_without_privacy_everything_says_so(configured, tmp_path, no_plot):
     results = run.train(configured("run", "method=fedit"))
     header, entries = read_ledger(tmp_path / "run" / "ledger.jsonl")
@@ -186,7 +195,7 @@ def test_what_breaks_the_promise_is_marked(overrides, why, configured, tmp_path,
     assert results["epsilon"]["release"]["epsilon"] <= 8
 
 
-@pytest.mark.parametrize("overrides", [[], MOMENTS, USERS, ["privacy.noise=central"]])
+@pytest.mark.parametrize("overrides", [[], MOMENTS, USERS, EXAMPLES, ["privacy.noise=central"]])
 def test_no_randomness_is_drawn_before_its_entry_is_on_disk(overrides, configured, tmp_path, no_plot, monkeypatch):
     ledger, drawn = tmp_path / "run" / "ledger.jsonl", []
 

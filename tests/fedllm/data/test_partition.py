@@ -38,6 +38,8 @@ class TestEveryPartition:
             units = partition.units(client)
             ids += list(partition.unit_ids(client))
             assert len(units) == len(partition.unit_ids(client))
+            some = np.arange(len(units))[::2]
+            assert [list(unit) for unit in partition.units(client, some)] == [list(unit) for unit in units[::2]]
             together = np.concatenate(units) if units else []
             assert sorted(together) == sorted(partition.records(client))
         assert len(set(ids)) == len(ids) == partition.unit_count
