@@ -38,7 +38,7 @@ def client_fit(config: Config, layout: AdapterLayout, rows: public.PublicGradien
     Raises as `fit_codec` does.
     """
     seed = announced.seed + announced.round
-    prior = None if rows is None else priors.of_config(config, layout, rows.fit, priors.Released(), seed)
+    prior = None if rows is None else priors.of_config(config, layout, rows.fit, priors.Past(), seed)
     return fit_codec(config, layout, prior, announced.size, announced.noise_std, seed)
 
 

@@ -97,6 +97,7 @@ def check(config: Config) -> None:
     in_range("engine.batch_tokens", config.engine.batch_tokens, 64)
     in_range("codec.refresh", codec.refresh, 0)
     in_range("codec.public_examples", codec.public_examples, 5)
+    in_range("codec.public_memory", codec.public_memory, 0)
     in_range("codec.warmup_rounds", codec.warmup_rounds, 1)
     in_range("codec.warmup_public_steps", codec.warmup_public_steps, 0)
     in_range("codec.fit_steps", codec.fit_steps, 1)

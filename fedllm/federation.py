@@ -82,7 +82,7 @@ class Federation:
         self.codec: Codec | None = None
         self.moments: Tensor | None = None
         self.mechanism = Mechanism.of(config, self.engine.layout, setting.partition)
-        self.released = priors.Released()
+        self.past = priors.Past()
         self.progress = Progress()
         self.warned = False  # of clients whose codec differs
 
@@ -170,7 +170,7 @@ class Federation:
             with self.watch.phase("codec"):
                 update = self.codec.decode(code, spec.mean_std if self.config.codec.shrink else 0.0)
                 if "released" in self.config.codec.prior:
-                    self.released.add(self.codec.decode(code), spec.mean_std, len(code))
+                    self.past.add(self.codec.decode(code), spec.mean_std, len(code))
         if self.mechanism.of_state:  # what was sent is the way from zero to the new adapter
             update = self.engine.adapter() + update
         with self.watch.phase("server"):
@@ -217,13 +217,15 @@ class Federation:
             return self.codec.decode(code)
 
     def prior(self, rows: public.PublicGradients | None) -> GaussianPrior | None:
-        """What the codec is fitted on: `codec.prior`, of public gradients and what has been released so far."""
+        """What the codec is fitted on: `codec.prior`, of public gradients and what earlier rounds left."""
         if rows is None:
             return None
         with self.watch.phase("codec"):
             number = self.progress.rounds
             real_rows = self.real_gradients(number)
-            return priors.of_config(self.config, self.engine.layout, rows.fit, self.released, self.public_seed + number, real_rows)
+            found = priors.of_config(self.config, self.engine.layout, rows.fit, self.past, self.public_seed + number, real_rows)
+            self.past.keep(rows.fit, self.config.codec.public_memory)
+            return found
 
     def fit(self, prior: GaussianPrior | None, rows: public.PublicGradients | None) -> None:
         """Fit the codec to a prior, and take the clip norm from held-out public gradients."""
@@ -384,7 +386,7 @@ class Federation:
     def save(self) -> None:
         """Checkpoint: all a resumed run needs."""
         with self.watch.phase("server"):
-            tensors = self.optimizer.state() | self.released.state() | self.transport.state()
+            tensors = self.optimizer.state() | self.past.state() | self.transport.state()
             if self.moments is not None:
                 tensors["moments"] = self.moments
             self.progress.seconds = self.watch.total()
@@ -405,7 +407,7 @@ class Federation:
         self.optimizer.restore(tensors)
         self.engine.load(tensors["adapter"])
         self.moments = tensors.get("moments")
-        self.released = priors.Released.from_state(tensors)
+        self.past = priors.Past.from_state(tensors)
         if self.progress.codec is not None:
             self.codec = self.checkpoints.load_codec(self.progress.codec)
             self.transport.restore(self.codec, tensors)

@@ -339,6 +339,11 @@ def check_fit_at(config: Config) -> None:
         raise UserError("codec.fit_at=client: expected server with codec.prior=moments; clients do not hold the noisy moments of stage 1")
     if codec.fit_at == "client" and codec.prior == REAL:
         raise UserError(f"codec.fit_at=client: expected server with codec.prior={REAL}; clients do not hold one another's gradients")
+    if codec.fit_at == "client" and codec.public_memory > 0:
+        raise UserError(
+            f"codec.fit_at=client: expected server with codec.public_memory={codec.public_memory}; a client that comes new "
+            "has not seen the earlier models"
+        )
     if codec.fit_at == "client" and "released" in codec.prior.split("+"):
         raise UserError(
             f"codec.fit_at=client: expected server with codec.prior={codec.prior}; a client would need every code released so far "
@@ -347,8 +352,10 @@ def check_fit_at(config: Config) -> None:
 
 
 def check_public(config: Config) -> None:
-    """Raise UserError for labels or public text that the model cannot give, or too little text."""
-    task, needed = config.task, config.codec.public_examples
+    """Raise UserError for labels or public text that the model cannot give, too little text, or gradients kept for no prior."""
+    task, needed, memory = config.task, config.codec.public_examples, config.codec.public_memory
+    if memory > 0 and "public" not in config.codec.prior.split("+"):
+        raise UserError(f"codec.public_memory={memory}: expected 0 with codec.prior={config.codec.prior}, which has no public gradients")
     one_of("codec.public_labels", config.codec.public_labels, ("random", "model"))
     if config.codec.public_labels == "model" and task.kind == "text":
         raise UserError("codec.public_labels=model: expected random with task.kind=text, which has no labels")

@@ -6,6 +6,7 @@ A prior is named by its parts, joined by '+': `public+released+random`. A part i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,71 +14,90 @@ import torch
 from torch import Tensor
 
 from dr_encoder.layout import AdapterLayout
-from dr_encoder.priors import GaussianPrior, from_public_gradients, from_released, from_rows, mixture, random_directions
+from dr_encoder.priors import (
+    GaussianPrior,
+    factor_rms,
+    from_public_gradients,
+    from_released,
+    from_rows,
+    mixture,
+    random_directions,
+    recency_weights,
+)
 from fedllm.schema import GENERATED, Config
 
 RANDOM_ROWS = 16
 MOST_RELEASED = 20  # rounds that are remembered
+HALF_LIFE = 1.0  # refits after which public gradients weigh half
 REAL_COST = "everything: raw gradients of private data"
 
 
 @dataclass
-class Released:
-    """Decoded noisy mean codes, oldest first: public, since the ledger has them."""
+class Past:
+    """What earlier rounds left, oldest first, all of it public: decoded noisy mean codes (the ledger has them), and public gradients."""
 
     updates: list[Tensor] = field(default_factory=list)
     noise: list[float] = field(default_factory=list)  # energy of the noise in each
+    gradients: list[Tensor] = field(default_factory=list)  # of earlier refits, [count, n] each
 
     def add(self, update: Tensor, noise_std: float, code_size: int) -> None:
         """Remember one round: its code decoded without shrinking [n], and the noise of each of the code's numbers."""
         self.updates = [*self.updates, update][-MOST_RELEASED:]
         self.noise = [*self.noise, code_size * noise_std**2][-MOST_RELEASED:]
 
+    def keep(self, gradients: Tensor, most: int) -> None:
+        """Remember the public gradients [count, n] of a refit, and forget all but the `most` newest."""
+        self.gradients = [*self.gradients, gradients][-most:] if most else []
+
     def state(self) -> dict[str, Tensor]:
         """Named tensors for a checkpoint."""
-        if not self.updates:
-            return {}
-        return {"released": torch.stack(self.updates), "released_noise": torch.tensor(self.noise, dtype=torch.float64)}
+        found = {f"gradients.{number}": rows for number, rows in enumerate(self.gradients)}
+        if self.updates:
+            found |= {"released": torch.stack(self.updates), "released_noise": torch.tensor(self.noise, dtype=torch.float64)}
+        return found
 
     @classmethod
-    def from_state(cls, tensors: dict[str, Tensor]) -> Released:
+    def from_state(cls, tensors: dict[str, Tensor]) -> Past:
         """Inverse of `state`."""
-        if "released" not in tensors:
-            return cls()
-        return cls(list(tensors["released"]), tensors["released_noise"].tolist())
+        numbers = itertools.takewhile(lambda number: f"gradients.{number}" in tensors, itertools.count())
+        past = cls(gradients=[tensors[f"gradients.{number}"] for number in numbers])
+        if "released" in tensors:
+            past.updates, past.noise = list(tensors["released"]), tensors["released_noise"].tolist()
+        return past
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a prior may be made of: gradients of public text at the model as it stands, released updates, a public seed.
+    """What a prior may be made of: gradients of public text at the model as it stands, what earlier rounds left, a public seed.
 
     generated: whether the base model wrote that text. real: clients' own gradients, for `real` alone.
     """
 
     layout: AdapterLayout
     public: Tensor
-    released: Released
+    past: Past
     seed: int
     generated: bool = False
     real: Tensor | None = None
 
 
 def _public(given: Given) -> GaussianPrior:
-    return from_public_gradients(given.layout, given.public, given.generated)
+    found = [from_public_gradients(given.layout, rows, given.generated) for rows in (*given.past.gradients, given.public)]
+    return found[0] if len(found) == 1 else mixture(found, recency_weights(len(found), HALF_LIFE))
 
 
 def _released(given: Given) -> GaussianPrior | None:
-    if not given.released.updates:
+    if not given.past.updates:
         return None
-    noise_std = torch.tensor(given.released.noise, dtype=torch.float64).sqrt()
+    noise_std = torch.tensor(given.past.noise, dtype=torch.float64).sqrt()
     try:
-        return from_released(given.layout, torch.stack(given.released.updates), noise_std, 1)
+        return from_released(given.layout, torch.stack(given.past.updates), noise_std, 1)
     except ValueError:  # not above their noise: they tell nothing yet
         return None
 
 
 def _random(given: Given) -> GaussianPrior:
-    return random_directions(given.layout, RANDOM_ROWS, given.seed, _public(given).std)
+    return random_directions(given.layout, RANDOM_ROWS, given.seed, factor_rms(given.layout, given.public))
 
 
 def _real(given: Given) -> GaussianPrior:
@@ -93,13 +113,13 @@ ROW_PRIORS: dict[str, tuple[Callable[[Given], GaussianPrior | None], float]] = {
 
 
 def of_config(
-    config: Config, layout: AdapterLayout, public: Tensor, released: Released, seed: int, real: Tensor | None = None
+    config: Config, layout: AdapterLayout, public: Tensor, past: Past, seed: int, real: Tensor | None = None
 ) -> GaussianPrior | None:
     """What the config's codec is fitted on, or None for a family that needs no prior. Arguments as of `Given`."""
     codec = config.codec
     if codec.prior == "none":
         return None
-    return build(codec.prior, codec.weights, Given(layout, public, released, seed, config.task.public == GENERATED, real))
+    return build(codec.prior, codec.weights, Given(layout, public, past, seed, config.task.public == GENERATED, real))
 
 
 def build(name: str, weights: list[float] | None, given: Given) -> GaussianPrior:

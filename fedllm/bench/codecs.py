@@ -41,7 +41,7 @@ class Candidate:
     prior: str
     size: int | None
     score: Score = field(default_factory=Score)
-    released: priors.Released = field(default_factory=priors.Released)
+    past: priors.Past = field(default_factory=priors.Past)
     codec: Codec | None = None
     failed: str | None = None
 
@@ -162,7 +162,7 @@ def step(
         clip = public.clip_norm(rows, codec.encode, config, per_unit)
     noisy = add(candidate.score, codec, cohorts, noise * clip / expected, rng)
     if noisy is not None and "released" in candidate.prior:
-        candidate.released.add(codec.decode(noisy), noise * clip / expected, codec.code_size)
+        candidate.past.add(codec.decode(noisy), noise * clip / expected, codec.code_size)
 
 
 def prior_of(candidate: Candidate, config: Config, layout: AdapterLayout, cohorts: Cohorts, rows, number: int) -> GaussianPrior | None:
@@ -172,7 +172,9 @@ def prior_of(candidate: Candidate, config: Config, layout: AdapterLayout, cohort
     if candidate.prior == "moments":
         scale = factor_rms(layout, rows.fit).clamp_min(1e-12)
         return from_moments(layout, *moments_to_std(unit_moments(cohorts.first, layout, scale).mean(0), scale))
-    return priors.build(candidate.prior, None, priors.Given(layout, rows.fit, candidate.released, number, real=cohorts.first))
+    found = priors.build(candidate.prior, None, priors.Given(layout, rows.fit, candidate.past, number, real=cohorts.first))
+    candidate.past.keep(rows.fit, config.codec.public_memory)
+    return found
 
 
 def row(

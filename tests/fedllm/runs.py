@@ -13,6 +13,7 @@ SETTINGS = {
     "mixture": ["seed=5", "codec.prior=public+released+random", "codec.refresh=1", "federation.rounds=3"],
     "feedback": ["seed=5", "codec.family=topk", "codec.code_size=60", *LOSSY, "federation.rounds=3"],
     "public": ["seed=5", "codec.refresh=2", "federation.rounds=3"],
+    "memory": ["seed=5", "codec.public_memory=2", "codec.refresh=1", "federation.rounds=3"],
     "moments": ["seed=5", *MOMENTS, "privacy.clip.mode=adaptive", "federation.server.optimizer=momentum"],
 }
 

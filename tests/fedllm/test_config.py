@@ -192,7 +192,8 @@ RANGES = [
     ("federation.server.betas", "[0.9,1.0]"), ("federation.partition.alpha", "0"), ("lora.r", "0"), ("lora.alpha", "0"),
     ("task.eval_examples", "0"), ("task.monitor_examples", "0"), ("task.max_length", "7"), ("engine.batch_tokens", "63"),
     ("task.generate.count", "0"), ("task.generate.max_new_tokens", "0"),
-    ("codec.refresh", "-1"), ("codec.public_examples", "4"), ("codec.warmup_rounds", "0"), ("codec.warmup_public_steps", "-1"),
+    ("codec.refresh", "-1"), ("codec.public_examples", "4"), ("codec.warmup_rounds", "0"), ("codec.public_memory", "-1"),
+    ("codec.warmup_public_steps", "-1"),
     ("codec.fit_steps", "0"), ("codec.code_size", "0"), ("codec.code_size", "-8"), ("privacy.target.epsilon", "0"),
     ("privacy.target.epsilon", "-1"), ("privacy.target.epsilon", ".inf"), ("privacy.target.epsilon", ".nan"),
     ("privacy.target.delta", "0"), ("privacy.target.delta", "1"), ("privacy.target.delta", "1.5"), ("privacy.target.delta", "-1e-5"),
@@ -251,6 +252,8 @@ COMBINATIONS = [
     (["task.public=movie-reviews"], "task.public=movie-reviews: expected a source other than"),
     (["task.public=generated", "task.kind=classify"], "task.public=generated: expected a source of text with task.kind=classify"),
     (["task.public=generated", "task.generate.count=159"], "task.generate.count=159: expected at least codec.public_examples=160"),
+    (["codec.fit_at=client", "codec.public_memory=1"], "codec.fit_at=client: expected server with codec.public_memory=1"),
+    (["codec.prior=moments", "codec.public_memory=1"], "codec.public_memory=1: expected 0 with codec.prior=moments"),
     (["codec.public_labels=model", "task.kind=text"], "codec.public_labels=model: expected random with task.kind=text"),
     (["task.public=null"], "task.public: expected a source of public text for codec.prior=public"),
     (

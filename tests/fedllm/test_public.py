@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedllm import public, run
+from dr_encoder.layout import AdapterLayout
+from fedllm import priors, public, run
 from fedllm.setting import build
 from fedllm.training.engine import Encoded
 
@@ -72,3 +73,38 @@ def test_the_same_seed_and_model_give_the_same_gradients(trained, configured):
 def test_runs_with_the_models_own_labels(overrides, configured, no_plot):
     results = run.train(configured("run", "codec.public_labels=model", *overrides))
     assert results["rounds"] == 2 and results["epsilon"]["private"]
+
+
+def test_earlier_gradients_weigh_half_with_every_refit():
+    layout = AdapterLayout.of([("A", torch.zeros(4, 5)), ("B", torch.zeros(5, 4))])
+    batches = [torch.randn(count, 40, generator=torch.Generator().manual_seed(count)) * scale for count, scale in ((3, 1), (5, 9), (4, 2))]
+    past = priors.Past()
+    for rows in [torch.ones(2, 40), *batches[:2]]:
+        past.keep(rows, 2)
+    past = priors.Past.from_state(past.state())
+    found = priors.build("public", None, priors.Given(layout, batches[2], past, 0))
+    shapes = [rows.T @ rows / rows.square().sum() for rows in batches]
+    expected = (shapes[0] + 2 * shapes[1] + 4 * shapes[2]) / 7
+    moment = found.rows.T @ found.rows
+    assert torch.allclose(moment / moment.trace(), expected, atol=1e-6) and found.name == "public"
+    past.keep(batches[2], 0)
+    assert past.gradients == [] and past.state() == {}
+
+
+def test_past_gradients_and_codes_survive_a_checkpoint():
+    past = priors.Past()
+    past.add(torch.ones(3), 0.5, 2)
+    for number in range(12):  # two digits: in their order, not that of their names
+        past.keep(torch.full((1, 3), float(number)), 11)
+    again = priors.Past.from_state(past.state())
+    assert [float(rows[0, 0]) for rows in again.gradients] == list(range(1, 12))
+    assert torch.equal(again.updates[0], past.updates[0]) and again.noise == past.noise
+
+
+def test_a_run_remembers_public_gradients(configured, no_plot):
+    plain, remembered = (
+        run.train(configured(f"run{memory}", "seed=5", "codec.refresh=1", "federation.rounds=3", f"codec.public_memory={memory}"))
+        for memory in (0, 2)
+    )
+    losses = [[record["loss"] for record in results["history"]] for results in (plain, remembered)]
+    assert losses[0][:2] == losses[1][:2] and losses[0][2:] != losses[1][2:]

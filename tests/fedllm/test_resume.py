@@ -57,6 +57,8 @@ KILLS = [
     ("moments", Ledger, "append", 4, True, 1),
     ("mixture", Checkpoints, "save", 3, True, 0),
     ("mixture", federation, "noisy_mean", 3, True, 1),
+    ("memory", Checkpoints, "save", 3, True, 0),
+    ("memory", federation, "noisy_mean", 3, True, 1),
     ("feedback", Checkpoints, "save", 3, True, 0),
     ("feedback", federation, "decoded_mean", 2, True, 1),
 ]
