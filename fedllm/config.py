@@ -67,7 +67,8 @@ def check(config: Config) -> None:
     fed, privacy, codec, task = config.federation, config.privacy, config.codec, config.task
     one_of("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
     one_of("task.kind", task.kind, ("labels", "classify", "text"))
-    one_of("lora.train", config.lora.train, ("both", "b"))
+    one_of("lora.train", config.lora.train, ("both", "b", "core"))
+    one_of("lora.init", config.lora.init, ("random", "public"))
     one_of("federation.transport", fed.transport, ("simulation",))
     one_of("federation.partition.kind", fed.partition.kind, ("iid", "dirichlet", "column"))
     one_of("federation.server.optimizer", fed.server.optimizer, ("sgd", "momentum", "adam"))
@@ -136,6 +137,8 @@ def check(config: Config) -> None:
             raise UserError(f"task.public: expected a source of public text for codec.prior={codec.prior}, got null")
         if privacy.enabled and norm == "auto":
             raise UserError("privacy.clip.norm=auto: expected task.public to take it from, or a number")
+        if config.lora.init == "public":
+            raise UserError("lora.init=public: expected task.public to take gradients of, got null")
     check_combination(config)
 
 

@@ -65,14 +65,15 @@ def message_bytes(spec: PrivateSum) -> int:
     return len(pack(spec.header(spec.clients - 1), np.zeros(spec.size, dtype)))
 
 
-def downlink_bytes(adapter: Tensor, codec_bytes: int, unit: str, refitted: bool) -> int:
-    """What a client that takes part in a round downloads: the new adapter (safetensors, float32), and the codec it has not got.
+def downlink_bytes(model: dict[str, Tensor], codec_bytes: int, unit: str, refitted: bool) -> int:
+    """What a client that takes part in a round downloads: the new model (safetensors, float32), and the codec it has not got.
 
-    codec_bytes: of the codec's file where clients take the server's copy, else 0; refitted: whether it is new in this round.
+    model: the adapter and what else of the model is new to the client; codec_bytes: of the codec's file where clients take the server's
+    copy, else 0; refitted: whether it is new in this round.
     """
     # Convention. A client that is the unit takes part rarely (rate x refresh << 1), so every participation fetches the codec in force;
     # with units inside the clients every client takes part in every round, and fetches it once.
-    return len(save({"adapter": adapter.contiguous()})) + (codec_bytes if unit == "client" or refitted else 0)
+    return len(save({name: value.contiguous() for name, value in model.items()})) + (codec_bytes if unit == "client" or refitted else 0)
 
 
 def evaluate_run(run_dir: str | Path, phase: Phase) -> dict[str, Any]:

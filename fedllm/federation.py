@@ -39,6 +39,8 @@ from fedllm.stopwatch import Stopwatch
 from fedllm.training.engine import Evaluation
 from fedllm.transports import TRANSPORTS
 
+FIXED = "fixed."  # in a checkpoint: LoRA factors that no seed gives back
+
 
 @dataclasses.dataclass
 class Progress:
@@ -195,7 +197,9 @@ class Federation:
         with self.watch.phase("server"):
             try:
                 messages = self.transport.messages(spec, encode)
-                return decoded_mean(messages, spec, self.noise, self.decode_one) if spec.each else noisy_mean(messages, spec, self.noise)
+                if spec.each:
+                    return decoded_mean(messages, spec, self.noise, self.decode_one)
+                return noisy_mean(messages, spec, self.noise)
             except FloatingPointError as error:
                 raise RunStopped(f"round {spec.round + 1}: {error}; the state after round {spec.round} is kept") from None
 
@@ -376,17 +380,23 @@ class Federation:
                 **records.noise(spec, code),
                 "uplink_bytes_per_client": evaluation.message_bytes(spec),
                 "downlink_bytes_per_client": evaluation.downlink_bytes(
-                    self.engine.adapter(), self.progress.codec_download, spec.unit, self.due(spec.round)
+                    self.broadcast(spec), self.progress.codec_download, spec.unit, self.due(spec.round)
                 ),
                 "seconds": round(time.perf_counter() - begun, 3),
             }
         self.progress.history.append(entry)
         self.monitor.round(entry)
 
+    def broadcast(self, spec: PrivateSum) -> dict[str, Tensor]:
+        """What of the model a client downloads: fixed factors from public gradients as it does a codec, unless clients fit these."""
+        fetched = self.config.codec.fit_at == "server" and (spec.unit == "client" or spec.round == 0)
+        return {"adapter": self.engine.adapter()} | (self.setting.fixed if fetched else {})
+
     def save(self) -> None:
         """Checkpoint: all a resumed run needs."""
         with self.watch.phase("server"):
             tensors = self.optimizer.state() | self.past.state() | self.transport.state()
+            tensors |= {FIXED + name: value.detach() for name, value in self.setting.fixed.items()}
             if self.moments is not None:
                 tensors["moments"] = self.moments
             self.progress.seconds = self.watch.total()
@@ -406,6 +416,8 @@ class Federation:
             self.watch.seconds[phase] += seconds
         self.optimizer.restore(tensors)
         self.engine.load(tensors["adapter"])
+        for name, value in self.setting.fixed.items():
+            value.detach().copy_(tensors[FIXED + name])
         self.moments = tensors.get("moments")
         self.past = priors.Past.from_state(tensors)
         if self.progress.codec is not None:

@@ -1,8 +1,7 @@
-"""Base model and LoRA adapter from a demo asset, a hub id, a folder or a GGUF file."""
+"""A base model from a demo asset, a hub id, a folder or a GGUF file, with its adapter and its tokenizer."""
 
 import math
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fedllm.adapters import add_adapter, open_adapter
 from fedllm.data.assets import ASSETS, fetch
 from fedllm.errors import UserError
 from fedllm.gguf_cache import converted
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 KINDS = ("labels", "classify", "text")
 BFLOAT16_GAIN = 1.5  # bfloat16 is taken when its matrix products are this many times faster
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def load_model(
@@ -34,6 +33,7 @@ def load_model(
     targets: Sequence[str] = ("q_proj", "v_proj"),
     train: str = "both",
     seed: int = 0,
+    adapter: Path | None = None,
     device: str = "cpu",
 ) -> tuple["PeftModel", "PreTrainedTokenizerBase"]:
     """A frozen base model with a fresh float32 LoRA adapter, dropout off, and its tokenizer.
@@ -43,15 +43,19 @@ def load_model(
         kind: 'labels' and 'text' load a causal LM; 'classify' a sequence classifier whose head is trained in full.
         labels: classes of the head, at least 2 (classify only).
         dtype: of the base: auto, float32 or bfloat16.
-        r, alpha, targets, train: the adapter; train is 'both', or 'b' (A stays at its random start).
+        r, alpha, targets, train: the adapter; train is 'both', 'b' (A stays at its start) or 'core' (a core between fixed A and B).
         seed: of the adapter's start, which every party must share. It is no secret.
+        adapter: folder of a saved adapter, which takes the place of the fresh one.
     Raises: UserError for what cannot be loaded, or targets that the model lacks.
     """
     _check_kind(kind)
     quiet()
     folder = resolve(name)
     base = _load_base(folder, name, kind, labels, resolve_dtype(dtype, kind), device)
-    model = add_adapter(base, kind, name=name, r=r, alpha=alpha, targets=targets, train=train, seed=seed)
+    if adapter is not None:
+        model = open_adapter(base, adapter, name)
+    else:
+        model = add_adapter(base, kind, name=name, r=r, alpha=alpha, targets=targets, train=train, seed=seed)
     return model, _tokenizer(folder, name)
 
 
@@ -64,98 +68,6 @@ def empty_model(name: str, kind: str = "labels", *, labels: int = 2, **adapter: 
     with torch.device("meta"):
         base = auto.from_config(config)
         return add_adapter(base, kind, name=name, **adapter)
-
-
-def add_adapter(
-    base: nn.Module,
-    kind: str,
-    *,
-    name: str = "model",
-    r: int = 8,
-    alpha: float = 16,
-    targets: Sequence[str] = ("q_proj", "v_proj"),
-    train: str = "both",
-    seed: int = 0,
-) -> "PeftModel":
-    """Put a fresh LoRA adapter (and for 'classify' a fresh head) onto a base model, in float32."""
-    from peft import LoraConfig, TaskType, get_peft_model
-    from peft.utils import ModulesToSaveWrapper
-
-    check_targets(base, targets, name)
-    head = _head_name(base) if kind == "classify" else None
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        target_modules=list(targets),
-        lora_dropout=0.0,
-        task_type=TaskType.SEQ_CLS if kind == "classify" else TaskType.CAUSAL_LM,
-        modules_to_save=[head] if head else None,
-    )
-    base.name_or_path = name  # what the saved adapter names as its base: not the cache folder of this machine
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(base, config)
-    for key, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(train == "both" or "lora_A" not in key)
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            module.modules_to_save["default"].register_forward_pre_hook(_cast_input)
-    init_adapter(model, seed)
-    return model.eval()
-
-
-def init_adapter(model: nn.Module, seed: int) -> None:
-    """LoRA's usual start, from a seed: A uniform in +-1/sqrt(in features), B zero, a head's weights N(0, .02^2).
-
-    The bound is Kaiming's with a = sqrt 5. Draws from a generator of its own, in the order of the parameters' names.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for key, parameter in sorted(model.named_parameters()):
-        if parameter.is_meta or not ("lora_" in key or ".modules_to_save." in key):
-            continue
-        if "lora_A" in key:
-            bound = 1 / math.sqrt(parameter.shape[1])
-            start = torch.rand(parameter.shape, generator=generator) * 2 * bound - bound
-        elif "lora_B" in key or parameter.ndim < 2:
-            start = torch.zeros(parameter.shape)
-        else:
-            start = torch.randn(parameter.shape, generator=generator) * 0.02
-        parameter.data.copy_(start)
-
-
-def save_adapter(model: "PeftModel", path: Path) -> None:
-    """Write the adapter so that `PeftModel.from_pretrained(base, path)` loads it; no model card, no network."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    path.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    config = model.peft_config["default"]
-    training, config.inference_mode = config.inference_mode, True
-    config.save_pretrained(path)
-    config.inference_mode = training
-    part = path / (ADAPTER_WEIGHTS + ".part")
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, part, metadata={"format": "pt"})
-    part.replace(path / ADAPTER_WEIGHTS)
-
-
-def load_adapter(model: "PeftModel", path: Path) -> None:
-    """Put a saved adapter's weights into a model of the same shape. Raises UserError where they do not fit."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    file = path / ADAPTER_WEIGHTS
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; expected a saved adapter")
-    try:
-        loaded = set_peft_model_state_dict(model, load_file(file))
-    except RuntimeError as error:
-        raise UserError(f"{file} does not fit the model: {str(error).splitlines()[-1].strip()}") from error
-    missing = [key for key in loaded.missing_keys if "lora_" in key or ".modules_to_save." in key]
-    if missing or loaded.unexpected_keys:
-        raise UserError(f"{file} does not fit the model: {(missing + list(loaded.unexpected_keys))[0]}")
 
 
 def resolve_dtype(name: str, kind: str = "labels") -> str:
@@ -205,16 +117,6 @@ def resolve(name: str) -> str:
     return name
 
 
-def check_targets(model: nn.Module, targets: Sequence[str], name: str) -> None:
-    """Raise UserError, naming what there is, unless each target is the (end of the) name of a linear module."""
-    linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)]
-    missing = [target for target in targets if not any(f".{key}".endswith(f".{target}") for key in linear)]
-    if missing or not targets:
-        there = ", ".join(sorted({key.rpartition(".")[2] for key in linear}))
-        which = ", ".join(missing) or "(none named)"
-        raise UserError(f"lora.targets: {name} has no linear module {which}; it has {there}")
-
-
 def quiet() -> None:
     """No progress bars and no advice from transformers: standard output and error belong to the command line."""
     from huggingface_hub.utils import logging as hub_logging
@@ -223,10 +125,6 @@ def quiet() -> None:
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"  # GPT-2's linear layer
 
 
 def _check_kind(kind: str) -> None:
@@ -286,15 +184,3 @@ def _cannot_load(name: str, error: Exception) -> UserError:
     return UserError(
         f"model.name={name}: cannot be loaded ({reason}); expected {models}, a hub id, a folder or a GGUF file"
     )
-
-
-def _head_name(model: nn.Module) -> str:
-    names = [key for key, _ in model.named_children() if key in ("classifier", "score")]
-    if not names:
-        raise UserError(f"task.kind=classify: {type(model).__name__} has no head named classifier or score")
-    return names[0]
-
-
-def _cast_input(module: nn.Module, arguments: tuple) -> tuple:
-    """The head is float32 whatever the base's dtype."""
-    return (arguments[0].to(next(module.parameters()).dtype), *arguments[1:])

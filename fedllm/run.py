@@ -18,12 +18,13 @@ from statistics import fmean
 from typing import Any
 
 from fedllm import evaluation
+from fedllm.adapters import save_adapter
 from fedllm.checkpoint import Checkpoints, write_json, write_whole
 from fedllm.config import load_config, save_config
 from fedllm.errors import UserError
 from fedllm.federation import Federation, Progress, public_seed, sampling_rate
 from fedllm.methods import claim_of
-from fedllm.models import resolve_dtype, save_adapter
+from fedllm.models import resolve_dtype
 from fedllm.monitor import Monitor, open_display
 from fedllm.privacy import adversaries, claims
 from fedllm.privacy.calibration import Calibration, calibrate_release, calibrate_server, update_multiplier

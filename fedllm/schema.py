@@ -49,7 +49,8 @@ class LoraConfig:
     r: int = 8
     alpha: float = 16
     targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
-    train: str = "both"  # both | b (A stays at its random start)
+    train: str = "both"  # both | b (A stays at its start) | core (r x r numbers between fixed A and B)
+    init: str = "random"  # random | public (A, with train: core also B, from the leading singular vectors of public gradients)
 
 
 @dataclass

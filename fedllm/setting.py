@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from fedllm.data import generated, prompts, sources
 from fedllm.data.partition import Partition, make_partition
@@ -14,6 +15,7 @@ from fedllm.monitor import Display, Phase
 from fedllm.schema import GENERATED, Config
 from fedllm.training.engine import Encoded, TorchEngine
 from fedllm.training.objectives import ClassHead, LabelWords, NextToken
+from fedllm.training.public_start import public_start
 
 PARTITION_SEED = 0  # the same in every run: a client then is the same client in all of them, and their costs compose
 
@@ -22,7 +24,8 @@ PARTITION_SEED = 0  # the same in every run: a client then is the same client in
 class Setting:
     """What is trained, on what, and by whom.
 
-    train is private (one part a client); test and public are public by statement.
+    train is private (one part a client); test and public are public by statement. fixed: LoRA factors that are neither trained nor
+    drawn from the seed, by name.
     """
 
     engine: TorchEngine
@@ -31,16 +34,17 @@ class Setting:
     test: Encoded
     public: Encoded | None
     partition: Partition
+    fixed: dict[str, Tensor] = field(default_factory=dict)
 
 
 def build(config: Config, public_seed: int, adapter: Path | None = None, phase: Phase | None = None) -> Setting:
     """Load the model and the data, and split the data over clients.
 
-    public_seed: of LoRA's random start and the choice of public examples. adapter: folder of a saved adapter to look at;
+    public_seed: of LoRA's start and the choice of public examples. adapter: folder of a saved adapter to look at;
     no public text then. phase: shows what takes long, as of `Monitor`.
     Raises UserError for anything the config names that is not there.
     """
-    from fedllm.models import load_adapter, load_model, resolve
+    from fedllm.models import load_model, resolve
 
     task = config.task
     data = load_task(config)
@@ -55,9 +59,8 @@ def build(config: Config, public_seed: int, adapter: Path | None = None, phase: 
         targets=config.lora.targets,
         train=config.lora.train,
         seed=public_seed,
+        adapter=adapter,
     )
-    if adapter is not None:
-        load_adapter(model, adapter)
     objective, encode = make_objective(config, tokenizer, names)
     public = None
     if task.public is not None and adapter is None:
@@ -68,6 +71,9 @@ def build(config: Config, public_seed: int, adapter: Path | None = None, phase: 
         public = public_examples(config, encode, len(names), public_seed, texts)
     side = "right" if task.kind == "classify" else "left"
     engine = TorchEngine(model, objective, tokenizer.pad_token_id or 0, config.engine.batch_tokens, side)
+    fixed = {}
+    if config.lora.init == "public" and adapter is None:
+        fixed = public_start(engine, public, config.codec.public_examples, public_seed)
     train, test = (Encoded(encode(table.texts), _targets(table)) for table in (data.train, data.test))
     partition = make_partition(
         config.federation.partition.kind,
@@ -79,7 +85,7 @@ def build(config: Config, public_seed: int, adapter: Path | None = None, phase: 
         seed=PARTITION_SEED,
         alpha=config.federation.partition.alpha,
     )
-    return Setting(engine, tokenizer, train, test, public, partition)
+    return Setting(engine, tokenizer, train, test, public, partition, fixed)
 
 
 def load_task(config: Config) -> sources.Dataset:

@@ -4,31 +4,19 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from dr_encoder.layout import AdapterLayout
+from fedllm.adapters import TRAINED, add_adapter
 from fedllm.data.batches import make_batches
-from fedllm.models import add_adapter
 from fedllm.training import engine as engines
 from fedllm.training.engine import Encoded, TorchEngine
 from fedllm.training.objectives import ClassHead, LabelWords, NextToken
 from fedllm.training.unit_gradients import UnitGradients
+from tests.fedllm.tiny_models import tiny_bert, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 UNITS = [np.array(unit, dtype=np.int64) for unit in ([0], [1, 2, 3], [], [4, 5], [6, 7, 8, 9, 10], [11, 0])]
-
-
-def tiny_llama():
-    torch.manual_seed(0)
-    size = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=4, num_key_value_heads=2))
-
-
-def tiny_bert():
-    torch.manual_seed(0)
-    size = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    return BertForSequenceClassification(BertConfig(**size, num_attention_heads=4, num_labels=3))
 
 
 KINDS = {
@@ -79,7 +67,7 @@ def assert_rows_equal(found: torch.Tensor, expected: torch.Tensor, tolerance: fl
         assert (row - wanted).norm() <= tolerance * wanted.norm()
 
 
-@pytest.mark.parametrize("train", ["both", "b"])
+@pytest.mark.parametrize("train", list(TRAINED))
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_shared_batches_equal_one_unit_at_a_time(kind, train, data):
     engine = make_engine(kind, train=train)

@@ -1,0 +1,34 @@
+"""Tiny random models of both architectures, and looking at them."""
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+IDS = torch.tensor([[5, 9, 2, 7], [1, 3, 3, 8]])
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def tiny_bert(dtype: torch.dtype = torch.float32):
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_labels=3)
+    return BertForSequenceClassification(config).to(dtype)
+
+
+def trainable(model) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in model.named_parameters() if value.requires_grad}
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits.float()
