@@ -63,15 +63,17 @@ class PartitionConfig:
 class LocalConfig:
     steps: int = 1  # 1: the gradient itself; more: steps of SGD, the update is the weight delta
     lr: float = 1.0
+    prox: float = 0.0  # FedProx's mu: each step is drawn back to the model that the round began with
 
 
 @dataclass
 class ServerConfig:
-    optimizer: str = "adam"  # sgd | momentum | adam
+    optimizer: str = "adam"  # sgd | momentum | adam | adagrad | yogi | fedavg | fedavgm | fedadam | fedadagrad | fedyogi
     lr: float = 1e-3
     schedule: str = "constant"  # constant | linear (down to lr / rounds in the last round)
     momentum: float = 0.9
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    tau: float = 1e-8  # adaptive ones: added to the root of the second moment; Reddi et al. take 1e-3 for weight deltas
 
 
 @dataclass

@@ -15,6 +15,7 @@ from fedllm.privacy.clipping import clip_units
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
 from fedllm.schema import ServerConfig
+from fedllm.server_optimizers import OPTIMIZERS
 
 
 def noisy_mean(messages: Iterable[bytes], spec: PrivateSum, noise: Noise) -> Tensor:
@@ -89,16 +90,12 @@ SCHEDULES: dict[str, Callable[[int, int], float]] = {  # (round, rounds) -> the 
 
 
 class ServerOptimizer:
-    """SGD, momentum or Adam on the flat adapter; the decoded mean update stands where a gradient stands."""
+    """One of OPTIMIZERS on the flat adapter; the decoded mean update stands where a gradient stands."""
 
     def __init__(self, adapter: Tensor, config: ServerConfig):
-        self.adapter, self.lr = adapter.clone().requires_grad_(), config.lr
-        make = {
-            "sgd": lambda: torch.optim.SGD([self.adapter], lr=config.lr),
-            "momentum": lambda: torch.optim.SGD([self.adapter], lr=config.lr, momentum=config.momentum),
-            "adam": lambda: torch.optim.Adam([self.adapter], lr=config.lr, betas=tuple(config.betas)),
-        }
-        self.optimizer = make[config.optimizer]()
+        self.adapter = adapter.clone().requires_grad_()
+        self.optimizer = OPTIMIZERS[config.optimizer]([self.adapter], config)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def step(self, update: Tensor, rate: float = 1.0) -> Tensor:
         """New adapter [n] after one step along the mean update [n], `rate` of the configured lr long.
@@ -109,8 +106,8 @@ class ServerOptimizer:
             raise FloatingPointError("the aggregated update is not finite")
         before = self.adapter.detach().clone()
         self.adapter.grad = update
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * rate
+        for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = lr * rate
         self.optimizer.step()
         if not torch.isfinite(self.adapter).all():
             with torch.no_grad():

@@ -126,7 +126,7 @@ def collect(setting: Setting, config: Config, rng: np.random.Generator, half: in
     local = config.federation.local
     updates = torch.empty(len(clients), setting.engine.layout.size)
     records = [setting.partition.records(int(client)) for client in clients]
-    for where, some in setting.engine.updates(setting.train, records, local.steps, local.lr):
+    for where, some in setting.engine.updates(setting.train, records, local.steps, local.lr, local.prox):
         updates[where] = some
     return Cohorts(updates[:half], updates[half : 2 * half], updates[2 * half :])
 

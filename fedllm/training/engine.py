@@ -62,16 +62,19 @@ class TorchEngine:
         for name, view in self.layout.views(flat).items():
             self.parameters[name].copy_(view)
 
-    def updates(self, data: Encoded, units: list[np.ndarray], steps: int = 1, lr: float = 1.0) -> Iterator[tuple[slice, Tensor]]:
+    def updates(
+        self, data: Encoded, units: list[np.ndarray], steps: int = 1, lr: float = 1.0, prox: float = 0.0
+    ) -> Iterator[tuple[slice, Tensor]]:
         """Updates (old - new adapter) of units, a few at a time: (which units, [some, n] float32).
 
         units: for each the indices of its examples; one without examples has the zero update. An update is lr times the gradient of
-        the unit's mean loss, for several steps the sum of such along the unit's own path.
+        the unit's mean loss, for several steps the sum of such along the unit's own path. prox: mu >= 0 of FedProx, whose loss has
+        mu/2 |adapter - start|^2 beside (Li et al., arXiv 1812.06127); a single step starts where that is flat.
         """
         size = max(1, CHUNK_BYTES // (4 * self.layout.size)) if steps == 1 else 1
         for start in range(0, len(units), size):
             where = slice(start, min(start + size, len(units)))
-            yield where, (self._gradients(data, units[where]).mul_(lr) if steps == 1 else self._path(data, units[start], steps, lr))
+            yield where, (self._gradients(data, units[where]).mul_(lr) if steps == 1 else self._path(data, units[start], steps, lr, prox))
 
     def evaluate(self, data: Encoded, progress: Callable[[int], None] | None = None) -> Evaluation:
         """Mean loss and accuracy over all examples, adapter as loaded."""
@@ -107,12 +110,12 @@ class TorchEngine:
                 (losses * torch.from_numpy(weight[batch.index]).float()).sum().backward()
         return self.gradients.end()
 
-    def _path(self, data: Encoded, unit: np.ndarray, steps: int, lr: float) -> Tensor:
+    def _path(self, data: Encoded, unit: np.ndarray, steps: int, lr: float, prox: float) -> Tensor:
         """Old minus new adapter after SGD steps of one unit [1, n]; the adapter is put back."""
         start = self.adapter()
         here = start.clone()
         for _ in range(steps):
-            here -= lr * self._gradients(data, [unit])[0]
+            here -= lr * (self._gradients(data, [unit])[0] + prox * (here - start))
             self.load(here)
         self.load(start)
         return (start - here)[None]

@@ -106,7 +106,7 @@ class Simulation:
 
     def _trained(self, records: list[np.ndarray], vectors: Callable[[slice, Tensor], Tensor]) -> Iterator[tuple[slice, Tensor]]:
         """Local training of units, and what their updates [some, n] become: (which units, `vectors` of them), a slice at a time."""
-        chunks = self.setting.engine.updates(self.setting.train, records, self.local.steps, self.local.lr)
+        chunks = self.setting.engine.updates(self.setting.train, records, self.local.steps, self.local.lr, self.local.prox)
         while True:
             with self.watch.phase("local_training"):
                 chunk = next(chunks, None)

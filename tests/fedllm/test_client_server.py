@@ -412,23 +412,6 @@ def test_code_and_bit_share_one_event(mode):
 # -- the server's step -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
-def test_an_optimiser_restored_goes_on_as_if_never_stopped(name):
-    config = ServerConfig(optimizer=name, lr=0.1)
-    updates = torch.randn(6, 11, generator=torch.Generator().manual_seed(13))
-    whole, first = ServerOptimizer(torch.ones(11), config), ServerOptimizer(torch.ones(11), config)
-    for update in updates:
-        expected = whole.step(update)
-    for update in updates[:3]:
-        first.step(update)
-    kept = {key: value.clone() for key, value in first.state().items()}
-    second = ServerOptimizer(torch.zeros(11), config)
-    second.restore(kept)
-    for update in updates[3:]:
-        got = second.step(update)
-    assert torch.equal(got, expected)
-
-
 def test_sgd_descends_along_the_update():
     assert torch.allclose(
         ServerOptimizer(torch.ones(2), ServerConfig("sgd", 0.5)).step(torch.tensor([1.0, -2.0])), torch.tensor([0.5, 2.0])

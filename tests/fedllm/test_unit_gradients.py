@@ -109,6 +109,24 @@ def test_several_local_steps_equal_plain_sgd(kind, data):
     assert (found - 3 * one).norm() > 1e-3 * found.norm()  # the path does bend
 
 
+def test_fedprox_draws_each_step_back_to_the_start(data):
+    """Against autograd on the loss with the proximal term itself."""
+    engine, plain, mu = make_engine("labels"), make_engine("labels"), 0.8
+    start = engine.adapter()
+    found = all_updates(engine, data, UNITS, 3, 0.3, mu)
+    for row, unit in zip(found, UNITS, strict=True):
+        here = start.clone().requires_grad_()
+        for _ in range(3 if len(unit) else 0):
+            plain.load(here.detach())
+            (distance,) = torch.autograd.grad(mu / 2 * (here - start).square().sum(), here)
+            here = (here - 0.3 * (one_by_one(plain, data, unit).float() + distance)).detach().requires_grad_()
+        assert (row - (start - here.detach())).norm() <= 1e-4 * row.norm()
+    free = all_updates(engine, data, UNITS, 3, 0.3)
+    assert torch.equal(all_updates(engine, data, UNITS, 3, 0.3, 0.0), free)
+    assert 0 < found[1].norm() < 0.9 * free[1].norm()
+    assert torch.equal(all_updates(engine, data, UNITS, 1, 0.3, mu), all_updates(engine, data, UNITS, 1, 0.3))
+
+
 def test_a_unit_does_not_depend_on_the_others(data):
     """The ground of per-unit sensitivity: whoever is in the batch, a unit's update is its own."""
     engine = make_engine("labels")
