@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.errors import UserError
-from fedllm.methods import apply_method, check_combination
+from fedllm.methods import AGGREGATIONS, SERVER_OPTIMIZERS, apply_method, check_combination, refuse_scaffold
 from fedllm.schema import Config
 from fedllm.validate import in_range, one_of
 
@@ -71,8 +71,10 @@ def check(config: Config) -> None:
     one_of("lora.init", config.lora.init, ("random", "public"))
     one_of("federation.transport", fed.transport, ("simulation",))
     one_of("federation.partition.kind", fed.partition.kind, ("iid", "dirichlet", "column"))
-    one_of("federation.server.optimizer", fed.server.optimizer, ("sgd", "momentum", "adam"))
+    refuse_scaffold(config)
+    one_of("federation.server.optimizer", fed.server.optimizer, SERVER_OPTIMIZERS)
     one_of("federation.server.schedule", fed.server.schedule, ("constant", "linear"))
+    one_of("federation.aggregation", fed.aggregation, AGGREGATIONS)
     one_of("codec.bits", codec.bits, (8, 16, 32))
     one_of("privacy.unit", privacy.unit, ("client", "user", "example"))
     one_of("privacy.noise", privacy.noise, ("distributed", "local", "central"))
@@ -85,11 +87,11 @@ def check(config: Config) -> None:
     in_range("federation.rounds", fed.rounds, 1)
     in_range("federation.local.steps", fed.local.steps, 1)
     in_range("federation.local.lr", fed.local.lr, 0, open_low=True)
-    in_range("federation.server.lr", fed.server.lr, 0, open_low=True)
-    in_range("federation.server.momentum", fed.server.momentum, 0, 1, open_high=True)
     in_range("federation.local.prox", fed.local.prox, 0)
-    in_range("federation.partition.alpha", fed.partition.alpha, 0, open_low=True)
+    in_range("federation.server.lr", fed.server.lr, 0, open_low=True)
     in_range("federation.server.tau", fed.server.tau, 0, open_low=True)
+    in_range("federation.server.momentum", fed.server.momentum, 0, 1, open_high=True)
+    in_range("federation.partition.alpha", fed.partition.alpha, 0, open_low=True)
     in_range("lora.r", config.lora.r, 1)
     in_range("lora.alpha", config.lora.alpha, 0, open_low=True)
     in_range("task.eval_examples", task.eval_examples, 1)
@@ -135,12 +137,12 @@ def check(config: Config) -> None:
     if task.public is not None and task.public == task.source:
         raise UserError(f"task.public={task.public}: expected a source other than the task's own; private text is never public")
     if task.public is None:
+        if config.lora.init == "public":
+            raise UserError("lora.init=public: expected task.public to take gradients of, got null")
         if codec.family != "identity":
             raise UserError(f"task.public: expected a source of public text for codec.prior={codec.prior}, got null")
         if privacy.enabled and norm == "auto":
             raise UserError("privacy.clip.norm=auto: expected task.public to take it from, or a number")
-        if config.lora.init == "public":
-            raise UserError("lora.init=public: expected task.public to take gradients of, got null")
     check_combination(config)
 
 

@@ -19,6 +19,7 @@ from dr_encoder import moments
 from dr_encoder.codecs import Codec
 from dr_encoder.priors import GaussianPrior, factor_rms, from_moments
 from fedllm import evaluation, priors, public, real, records
+from fedllm.aggregation import AGGREGATIONS
 from fedllm.checkpoint import Checkpoints
 from fedllm.client import Encode
 from fedllm.codec_fit import Announcement, choose_size, fit_codec
@@ -81,6 +82,7 @@ class Federation:
         self.noise = Noise(config.seed)
         self.transport = TRANSPORTS[config.federation.transport](setting, config, self.noise, watch)
         self.optimizer = ServerOptimizer(self.engine.adapter(), config.federation.server)
+        self.aggregation = AGGREGATIONS[config.federation.aggregation](self.engine.model, self.engine.layout, self.public_seed)
         self.codec: Codec | None = None
         self.moments: Tensor | None = None
         self.mechanism = Mechanism.of(config, self.engine.layout, setting.partition)
@@ -164,6 +166,7 @@ class Federation:
             self.progress.stopped = f"the budget allows no round after {number}"
             self.monitor.say(f"stopped: {self.progress.stopped}; round {number + 1} would exceed the target")
             return False
+        self.aggregation.begin(self.engine.adapter(), self.mechanism.of_state)
         with self.monitor.phase(f"round {number + 1} of {fed.rounds}: local training"):
             mean = self.private_mean(spec, self.encode if self.mechanism.of_state else None)
         code = update = mean
@@ -177,7 +180,8 @@ class Federation:
             update = self.engine.adapter() + update
         with self.watch.phase("server"):
             try:
-                self.engine.load(self.optimizer.step(update, SCHEDULES[fed.server.schedule](number, fed.rounds)))
+                rate = SCHEDULES[fed.server.schedule](number, fed.rounds)
+                self.engine.load(self.optimizer.step(self.aggregation.finish(update, spec.expected, number), rate))
             except FloatingPointError as error:
                 raise RunStopped(f"round {number + 1}: {error}; the state after round {number} is kept") from None
         self.progress.rounds += 1
@@ -198,7 +202,7 @@ class Federation:
             try:
                 messages = self.transport.messages(spec, encode)
                 if spec.each:
-                    return decoded_mean(messages, spec, self.noise, self.decode_one)
+                    return decoded_mean(messages, spec, self.noise, self.decode_one, self.aggregation.add)
                 return noisy_mean(messages, spec, self.noise)
             except FloatingPointError as error:
                 raise RunStopped(f"round {spec.round + 1}: {error}; the state after round {spec.round} is kept") from None
@@ -390,12 +394,12 @@ class Federation:
     def broadcast(self, spec: PrivateSum) -> dict[str, Tensor]:
         """What of the model a client downloads: fixed factors from public gradients as it does a codec, unless clients fit these."""
         fetched = self.config.codec.fit_at == "server" and (spec.unit == "client" or spec.round == 0)
-        return {"adapter": self.engine.adapter()} | (self.setting.fixed if fetched else {})
+        return {"adapter": self.engine.adapter()} | self.aggregation.state() | (self.setting.fixed if fetched else {})
 
     def save(self) -> None:
         """Checkpoint: all a resumed run needs."""
         with self.watch.phase("server"):
-            tensors = self.optimizer.state() | self.past.state() | self.transport.state()
+            tensors = self.optimizer.state() | self.aggregation.state() | self.past.state() | self.transport.state()
             tensors |= {FIXED + name: value.detach() for name, value in self.setting.fixed.items()}
             if self.moments is not None:
                 tensors["moments"] = self.moments
@@ -416,6 +420,7 @@ class Federation:
             self.watch.seconds[phase] += seconds
         self.optimizer.restore(tensors)
         self.engine.load(tensors["adapter"])
+        self.aggregation.restore(tensors)
         for name, value in self.setting.fixed.items():
             value.detach().copy_(tensors[FIXED + name])
         self.moments = tensors.get("moments")

@@ -167,6 +167,14 @@ FIXED_SIZE = ("autoencoder", "identity", "allocation")  # families that fix the 
 FREE_OF_PRIOR = ("sketch", "identity", "topk", "powersgd")
 NOT_SUMMABLE = ("topk", "powersgd")  # a code stands for its own update alone: no sum of codes, hence no privacy
 
+SERVER_OPTIMIZERS = ("sgd", "momentum", "adam", "adagrad", "yogi", "fedavg", "fedavgm", "fedadam", "fedadagrad", "fedyogi")
+AVERAGING = ("sgd", "fedavg")  # server optimisers that with lr 1 are the plain average
+AGGREGATIONS = ("mean", "stack", "residual")
+SCAFFOLD = (
+    "its control variates are a second release of every client's data in each round, which no ledger entry pays for; "
+    "expected one of {}, or federation.local.prox against client drift"
+)
+
 
 def apply_method(config: Config) -> Config:
     """The config with the parts that its method fixes.
@@ -186,7 +194,7 @@ def apply_method(config: Config) -> Config:
         config.codec.bits = 32  # without a clip there is no public range to lay a lattice over
     if config.codec.family in FREE_OF_PRIOR:
         config.codec.prior = "none"
-    if config.codec.family in NOT_SUMMABLE:
+    if config.codec.family in NOT_SUMMABLE or config.federation.aggregation != "mean":
         config.codec.decode = "each"
     return config
 
@@ -238,6 +246,7 @@ def check_combination(config: Config) -> None:
             f"codec.public_examples={codec.public_examples} (the rest is held out for the clip norm)"
         )
     one_of("codec.decode", codec.decode, ("mean", "each"))
+    check_aggregation(config)
     if codec.decode == "each" and privacy.enabled:
         if privacy.noise != "local" or privacy.unit != "client":
             raise UserError(
@@ -316,6 +325,36 @@ def check_mechanism(config: Config) -> None:
             f"federation.weights={weights}: expected privacy.noise=local and codec.decode=mean; a stand-in for an absent client would show "
             "by its weight"
         )
+
+
+def check_aggregation(config: Config) -> None:
+    """Raise UserError for parts that an aggregation of products cannot have."""
+    fed = config.federation
+    where, server = f"federation.aggregation={fed.aggregation}", fed.server
+    if fed.aggregation == "mean":
+        return
+    if config.lora.train != "both":
+        raise UserError(f"{where}: expected lora.train=both, not {config.lora.train}, with which the plain mean is exact already")
+    if server.optimizer not in AVERAGING or server.lr != 1:
+        raise UserError(
+            f"{where}: expected federation.server.optimizer=fedavg and federation.server.lr=1 (here {server.optimizer}, {server.lr:g}); "
+            "the sum of the clients' products leaves nothing for another optimiser to do"
+        )
+    if config.privacy.unit != "client":
+        raise UserError(f"{where}: expected privacy.unit=client, not {config.privacy.unit}; a product is made of one client's adapter")
+    if config.privacy.enabled and config.privacy.noise != "local":
+        raise UserError(f"{where}: expected privacy.noise=local, not {config.privacy.noise}; the model depends on every message")
+    if fed.aggregation == "stack" and config.lora.init == "public":
+        raise UserError(f"{where}: expected lora.init=random; after each round A begins at random again")
+
+
+def refuse_scaffold(config: Config) -> None:
+    """Raise UserError where SCAFFOLD is asked for."""
+    fed = config.federation
+    asked = {"server.optimizer": (fed.server.optimizer, SERVER_OPTIMIZERS), "aggregation": (fed.aggregation, AGGREGATIONS)}
+    for key, (value, allowed) in asked.items():
+        if value.lower() == "scaffold":
+            raise UserError(f"federation.{key}={value}: {SCAFFOLD.format(', '.join(allowed))}")
 
 
 def check_prior(config: Config) -> None:

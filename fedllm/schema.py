@@ -85,6 +85,7 @@ class FederationConfig:
     rounds: int = 10
     weights: str = "uniform"  # uniform | examples (by each client's number; under privacy :published methods alone)
     transport: str = "simulation"
+    aggregation: str = "mean"  # mean | stack (FLoRA) | residual (FedEx-LoRA): of A and B apart | exact for the product BA
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
     server: ServerConfig = field(default_factory=ServerConfig)

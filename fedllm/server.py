@@ -47,17 +47,24 @@ def noisy_mean(messages: Iterable[bytes], spec: PrivateSum, noise: Noise) -> Ten
     return torch.from_numpy(total / spec.expected).float()
 
 
-def decoded_mean(messages: Iterable[bytes], spec: PrivateSum, noise: Noise, decode: Callable[[Tensor], Tensor]) -> Tensor:
+def decoded_mean(
+    messages: Iterable[bytes],
+    spec: PrivateSum,
+    noise: Noise,
+    decode: Callable[[Tensor], Tensor],
+    see: Callable[[Tensor, float], None] = lambda update, weight: None,
+) -> Tensor:
     """Mean over the expected cohort of *decoded* messages [n], as published for the auto-encoder: `codec.decode: each`.
 
     The model then depends on every message, each protected by its own noise alone, and is accounted so (mechanism `gaussian_each`).
     Absent and refused ones are stood in for by messages of noise only, so that nothing follows the realised cohort.
-    decode: one code [k] -> update [n].
+    decode: one code [k] -> update [n]. see: is shown each of these with its message's weight.
     """
     total, slots = None, spec.shares if spec.private else 0
     for weight, code in accepted(messages, spec):
-        update = weight * decode(torch.from_numpy(code).float()).double()
-        total = update if total is None else total + update
+        update = decode(torch.from_numpy(code).float())
+        see(update, weight)
+        total = weight * update.double() if total is None else total + weight * update.double()
         slots -= 1
     for number in range(max(0, slots)):
         key = {"stage": spec.stage, "round": spec.round, "client": number}
@@ -65,8 +72,9 @@ def decoded_mean(messages: Iterable[bytes], spec: PrivateSum, noise: Noise, deco
         if spec.bits != 32:
             uniforms = noise.uniform((spec.size,), purpose="stand-in rounding", **key)
             code = dequantize(quantize(code, spec.scale, spec.bits, uniforms), spec.scale)
-        update = decode(torch.from_numpy(code).float()).double()
-        total = update if total is None else total + update
+        update = decode(torch.from_numpy(code).float())
+        see(update, 1.0)
+        total = update.double() if total is None else total + update.double()
     if total is None:  # an empty cohort of a run without privacy
         total = torch.zeros_like(decode(torch.zeros(spec.size)), dtype=torch.float64)
     return (total / spec.expected).float()

@@ -9,10 +9,11 @@ import pytest
 
 from fedllm.config import Config, check_keys, load_config, save_config
 from fedllm.errors import UserError
-from fedllm.methods import METHODS, fit_rows, held_out_rows
+from fedllm.methods import AGGREGATIONS, METHODS, SERVER_OPTIMIZERS, fit_rows, held_out_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EXAMPLE = ["privacy.unit=example", "federation.unit_sampling_rate=0.5"]
+PRODUCT = ["federation.server.optimizer=fedavg", "federation.server.lr=1", "privacy.noise=local"]
 USER = ["privacy.unit=user", "task.columns.user=user", "federation.unit_sampling_rate=0.5"]
 
 
@@ -170,7 +171,8 @@ def test_the_schema_is_checked_to_the_bottom():
 
 NAMES = {
     "model.dtype": "float31", "task.kind": "lables", "lora.train": "a", "federation.partition.kind": "idd",
-    "federation.server.optimizer": "adm", "federation.transport": "simulate", "codec.bits": "12", "codec.family": "linaer",
+    "federation.server.optimizer": "adm", "federation.aggregation": "stak", "lora.init": "publik",
+    "federation.transport": "simulate", "codec.bits": "12", "codec.family": "linaer",
     "codec.prior": "publik", "codec.fit_at": "clients", "privacy.unit": "clients", "privacy.noise": "centrl", "privacy.noise_in": "codes",
     "codec.public_labels": "models",
     "privacy.clip.mode": "fix", "privacy.target.adversary": "servr", "engine.name": "torche", "parallel.mode": "non", "method": "dr_encodr",
@@ -187,6 +189,7 @@ RANGES = [
     ("federation.clients", "0"), ("federation.rounds", "0"), ("federation.rounds", "-3"), ("federation.expected_cohort", "0"),
     ("federation.expected_cohort", "2001"), ("federation.max_cohort", "99"), ("federation.max_cohort", "2001"),
     ("federation.local.steps", "0"), ("federation.local.lr", "0"), ("federation.local.lr", "-1"), ("federation.local.lr", ".inf"),
+    ("federation.local.prox", "-0.1"), ("federation.local.prox", ".inf"), ("federation.server.tau", "0"),
     ("federation.server.lr", "0"), ("federation.server.lr", ".inf"), ("federation.server.lr", ".nan"),
     ("federation.server.momentum", "1"), ("federation.server.momentum", "-0.1"), ("federation.server.betas", "[0.9]"),
     ("federation.server.betas", "[0.9,1.0]"), ("federation.partition.alpha", "0"), ("lora.r", "0"), ("lora.alpha", "0"),
@@ -261,6 +264,25 @@ COMBINATIONS = [
         "task.public: expected a source of public text for codec.prior=mom",
     ),
     (["method=full_noise", "task.public=null"], "privacy.clip.norm=auto: expected task.public"),
+    (["method=fedit", "task.public=null", "lora.init=public"], "lora.init=public: expected task.public"),
+    ([*PRODUCT, "federation.aggregation=stack", "lora.init=public"], "federation.aggregation=stack: expected lora.init=random"),
+    ([*PRODUCT, "federation.aggregation=stack", "lora.train=b"], "federation.aggregation=stack: expected lora.train=both, not b"),
+    ([*PRODUCT, "federation.aggregation=residual", "lora.train=core"], "federation.aggregation=residual: expected lora.train=both"),
+    (
+        [*PRODUCT, "federation.aggregation=stack", "federation.server.lr=0.5"],
+        "federation.aggregation=stack: expected federation.server.optimizer=fedavg and federation.server.lr=1 (here fedavg, 0.5)",
+    ),
+    (
+        [*PRODUCT, "federation.aggregation=residual", "federation.server.optimizer=adam"],
+        "federation.aggregation=residual: expected federation.server.optimizer=fedavg and federation.server.lr=1 (here adam, 1)",
+    ),
+    (
+        [*PRODUCT, "federation.aggregation=residual", "privacy.noise=distributed"],
+        "federation.aggregation=residual: expected privacy.noise=local, not distributed",
+    ),
+    ([*PRODUCT, *USER, "federation.aggregation=stack"], "federation.aggregation=stack: expected privacy.unit=client, not user"),
+    (["federation.server.optimizer=scaffold"], "federation.server.optimizer=scaffold: its control variates are a second release"),
+    (["federation.aggregation=SCAFFOLD"], "federation.aggregation=SCAFFOLD: its control variates are a second release"),
 ]
 
 
@@ -270,6 +292,10 @@ def test_what_makes_no_sense_together_is_refused(overrides, says, empty):
 
 
 def test_what_makes_sense_is_not_refused(empty):
+    for aggregation in AGGREGATIONS:
+        assert load_config(empty, [*PRODUCT, f"federation.aggregation={aggregation}"]).codec.decode == (
+            "mean" if aggregation == "mean" else "each"
+        )
     load_config(empty, ["method=full_noise", "task.public=null", "privacy.clip.norm=1"])
     load_config(empty, ["method=fedit", "task.public=null"])
     load_config(empty, [*USER, "privacy.noise=central", "codec.bits=32"])
@@ -278,6 +304,16 @@ def test_what_makes_sense_is_not_refused(empty):
     load_config(empty, [*EXAMPLE, "privacy.enabled=false", "federation.partition.kind=dirichlet"])
     load_config(empty, ["federation.expected_cohort=2000", "federation.max_cohort=2000"])
     load_config(empty, ["privacy.target.delta=0.01"])  # above 1/clients: a warning when it runs, no refusal
+
+
+def test_the_allow_lists_are_the_tables(empty):
+    """The lists stand apart from the tables only so that a config is checked without loading torch."""
+    from fedllm import adapters, aggregation, server_optimizers
+
+    assert set(SERVER_OPTIMIZERS) == set(server_optimizers.OPTIMIZERS)
+    assert set(AGGREGATIONS) == set(aggregation.AGGREGATIONS)
+    for train in adapters.TRAINED:
+        load_config(empty, [f"lora.train={train}"])
 
 
 def test_a_delta_above_one_over_clients_is_a_warning(empty, capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from transformers import AutoModelForCausalLM
 from fedllm import federation, run
 from fedllm.checkpoint import Checkpoints
 from fedllm.errors import UserError
+from fedllm.evaluation import evaluate_run
 from fedllm.privacy import adversaries
 from fedllm.privacy.ledger import ENTRY_KEYS, HEADER_KEYS, read_ledger
 from fedllm.privacy.noise import Noise
-from tests.fedllm.runs import AUTOENCODER, EXAMPLES, MOMENTS, ONE_CLIENT, USERS, adapter_of, scalars, told
+from tests.fedllm.runs import AUTOENCODER, EXAMPLES, MOMENTS, ONE_CLIENT, PRODUCTS, USERS, adapter_of, scalars, told
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,6 +114,11 @@ MODES = {
     "full noise": ["method=full_noise"],
     "several steps": ["federation.local.steps=3", "federation.local.lr=0.1"],
     "frozen A": ["lora.train=b", "federation.server.optimizer=momentum"],
+    "core": ["lora.train=core", "lora.init=public"],
+    "core, moments": ["lora.train=core", *MOMENTS],
+    "stack": [*PRODUCTS, "federation.aggregation=stack"],
+    "residual": [*PRODUCTS, "federation.aggregation=residual", "codec.bits=32"],
+    "proximal, yogi": ["federation.local.steps=2", "federation.local.prox=0.1", "federation.server.optimizer=fedyogi"],
     "text": ["task.kind=text", "federation.server.optimizer=sgd"],
     "dirichlet": ["federation.partition.kind=dirichlet", "federation.partition.alpha=0.3"],
 }
@@ -142,6 +149,45 @@ def test_every_mode_runs_within_its_target(mode, configured, tmp_path, no_plot):
     if config.privacy.clip.mode == "adaptive":
         clips = [entry["clip"] for entry in entries]
         assert clips[0] != clips[1] and 0.5 < clips[1] / clips[0] < 2
+
+
+PARTS = {
+    "core": ["lora.train=core"],
+    "core, public": ["lora.train=core", "lora.init=public"],
+    "frozen A, public": ["lora.train=b", "lora.init=public"],
+    "stack": [*PRODUCTS, "federation.aggregation=stack", "federation.local.lr=2"],
+    "stack, private": [*PRODUCTS, "federation.aggregation=stack", "privacy.enabled=true"],
+    "residual": [*PRODUCTS, "federation.aggregation=residual", "federation.local.lr=2"],
+    "residual, text": [*PRODUCTS, "federation.aggregation=residual", "federation.local.lr=2", "task.kind=text"],
+}
+
+FACTORS = {"a": 2 * 4 * 16, "b": 2 * (16 + 8 + 16 + 8)}  # numbers in A and in B
+NUMBERS = {  # that a client downloads, where they are not adapter and dense matrices
+    "core": 4 * 2 * 2,
+    "core, public": 4 * 2 * 2 + FACTORS["a"] + FACTORS["b"],
+    "frozen A, public": FACTORS["b"] + FACTORS["a"],
+}
+
+
+@pytest.mark.parametrize("name", list(PARTS))
+def test_what_is_saved_is_what_ran(name, tiny, configured, tmp_path, no_plot, monkeypatch):
+    """The adapter in plain PEFT gives the run's own logits, `evaluate` the run's own loss, and the broadcast counts all that changed."""
+    built = []
+    real = run.build
+    monkeypatch.setattr(run, "build", lambda *args, **kwargs: built.append(real(*args, **kwargs)) or built[-1])
+    results = run.train(configured("run", "seed=5", "privacy.enabled=false", *PARTS[name]))
+    trained, ids = built[0].engine.model, torch.tensor([[5, 9, 2, 7], [1, 3, 3, 8]])
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model", attn_implementation="eager").eval()
+    with torch.no_grad():
+        untrained, after = base(ids).logits, trained(input_ids=ids).logits
+        plain = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+        changed = (after - untrained).abs().max()
+        assert changed > 1e-3 and (plain(ids).logits - after).abs().max() < 1e-5 * max(1, changed)
+    again = evaluate_run(tmp_path / "run", lambda text, total=None: nullcontext(lambda count: None))
+    assert again["loss"] == pytest.approx(results["loss"], abs=1e-5) and again["accuracy"] == results["accuracy"]
+    least = 4 * NUMBERS.get(name, 16 * (16 + 8 + 16 + 8) + 224)
+    codec = results["codec_bytes"]
+    assert least < results["downlink_bytes_per_client_round"] - codec < least + 1500
 
 
 def test_public_text_that_repeats_itself_stops_no_run(configured, tmp_path, no_plot):

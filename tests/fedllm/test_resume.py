@@ -7,11 +7,13 @@ import math
 import pytest
 
 from fedllm import federation, run
+from fedllm import setting as settings
 from fedllm.checkpoint import Checkpoints
 from fedllm.errors import RunStopped, UserError
 from fedllm.federation import Federation
 from fedllm.privacy import adversaries
 from fedllm.privacy.ledger import Ledger, counted, read_ledger
+from fedllm.server import ServerOptimizer
 from fedllm.transports.simulation import Simulation
 from tests.fedllm.runs import MOMENTS, SETTINGS, Killed, adapter_of, told
 
@@ -61,6 +63,12 @@ KILLS = [
     ("memory", federation, "noisy_mean", 3, True, 1),
     ("feedback", Checkpoints, "save", 3, True, 0),
     ("feedback", federation, "decoded_mean", 2, True, 1),
+    ("core", Checkpoints, "save", 2, True, 0),
+    ("core", federation, "noisy_mean", 2, True, 1),
+    ("stack", Checkpoints, "save", 3, True, 0),
+    ("stack", federation, "decoded_mean", 3, True, 1),
+    ("residual", ServerOptimizer, "step", 2, True, 1),  # the dense matrices had moved already
+    ("residual", run, "save_adapter", 1, True, 0),
 ]
 
 
@@ -94,6 +102,26 @@ def test_a_run_killed_again_and_again_still_ends_the_same(configured, reference,
     assert told(run.resume(tmp_path / "run")) == told(whole)
     assert adapter_of(tmp_path / "run") == adapter
     assert json.loads((tmp_path / "run" / "results.json").read_text())["rounds"] == 3
+
+
+def test_fixed_factors_come_from_the_checkpoint(configured, reference, kill_at, tmp_path, monkeypatch):
+    """Another machine would find them again only up to rounding; the run goes on with those that it began with."""
+    adapter, _, _ = reference("core")
+    disarm = kill_at(Checkpoints, "save", 2, True)
+    with pytest.raises(Killed):
+        run.train(configured("run", *SETTINGS["core"]))
+    disarm()
+    real = settings.public_start
+
+    def elsewhere(*args):
+        fixed = real(*args)
+        for value in fixed.values():
+            value.detach().mul_(1.001)
+        return fixed
+
+    monkeypatch.setattr(settings, "public_start", elsewhere)
+    run.resume(tmp_path / "run")
+    assert adapter_of(tmp_path / "run") == adapter
 
 
 def test_a_run_whose_config_was_edited_is_not_resumed(configured, tmp_path, no_plot):
