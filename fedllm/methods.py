@@ -128,6 +128,7 @@ register(
         | {
             "federation.server.optimizer": "sgd",
             "federation.server.lr": 1.0,
+            "federation.server.schedule": "constant",
             "privacy.noise": "local",
             "privacy.clip.groups": "matrix",
             "privacy.clip.of": "state",
@@ -144,7 +145,24 @@ register(
         {"codec.family": "allocation", "codec.code_size": None, "codec.prior": "moments"},
     )
 )
+DP_SGD = NO_CODEC | {"federation.local.steps": 1, "privacy.unit": "example", "privacy.noise": "central", "codec.bits": 32}
+register(Method("ew_tune", "example-level DP-SGD on the adapter by one trusted trainer (arXiv 2210.15042, corrected)", DP_SGD))
+register(
+    Method(
+        "ew_tune:published",
+        "the same, with the noise that the first-order Edgeworth estimate asks for (arXiv 2210.15042)",
+        DP_SGD | UNSHRUNK | {"privacy.calibration": "edgeworth_1"},
+        "Edgeworth accountant, first-order estimate without its error bound",
+    )
+)
 register(Method("user_level", "users inside a few large clients, no codec (arXiv 2407.07737)", NO_CODEC | {"privacy.unit": "user"}))
+register(
+    Method(
+        "example_level",
+        "examples inside a few large clients, no codec (arXiv 2407.07737)",
+        NO_CODEC | {"federation.local.steps": 1, "privacy.unit": "example"},
+    )
+)
 
 # What a codec may be fitted on. ROWS stands for public gradients, alone or mixed with what costs nothing either.
 ROWS = "public[+released][+random]"

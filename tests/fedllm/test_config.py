@@ -71,7 +71,7 @@ def test_a_saved_config_reads_back_as_it_was(overrides, empty, tmp_path):
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_a_method_fixes_its_parts_and_no_more(name, empty):
-    config = load_config(empty, [f"method={name}", "federation.rounds=3", *(USER if name == "user_level" else [])])
+    config = load_config(empty, [f"method={name}", "federation.rounds=3", *USER[1:]])
     for key, value in METHODS[name].parts.items():
         assert functools.reduce(getattr, key.split("."), config) == value
     assert config.federation.rounds == 3

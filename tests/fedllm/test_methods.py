@@ -18,14 +18,15 @@ from fedllm.privacy import adversaries
 from fedllm.privacy.ledger import ENTRY_KEYS, HEADER_KEYS, read_ledger
 from fedllm.schema import Config
 from fedllm.setting import build
-from tests.fedllm.runs import USERS, adapter_of, told
+from tests.fedllm.runs import EXAMPLES, USERS, adapter_of, told
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_plot")
 
 # At LoRA's start A's public gradient is zero, and a code shrunk by it keeps A still until the next fit.
 SEEDED = ["seed=3", "federation.rounds=3", "codec.refresh=1"]
 # What a method needs of its user.
-NEEDS = {"user_level": USERS, "dp_fedlora:published": ["federation.local.lr=0.1"]}
+EXAMPLE_LEVEL = dict.fromkeys(("example_level", "ew_tune", "ew_tune:published"), EXAMPLES)
+NEEDS = {"user_level": USERS, **EXAMPLE_LEVEL, "dp_fedlora:published": ["federation.local.lr=0.1"]}
 # What begins anew after each round, as it was at the start.
 RESTARTED = {}
 RUNS = {}
@@ -199,6 +200,17 @@ def test_raw_gradients_leave_no_epsilon(once):
     assert 7.9 < adversaries.epsilon_release(header, entries[1:], "gdp").epsilon <= 8  # the claim: the rest alone, by the limit theorem
     results, _, _ = once("cg_fedllm:published")
     assert "published: claims 8.00, true is none (release), none (server)" in results["epsilon"]["why_not_private"]
+
+
+def test_ew_tune_spends_more_than_it_claims(once, configured, tmp_path):
+    """At a rate and a noise like those of its tasks; the corrected one keeps to the target."""
+    long = ["federation.rounds=30", "federation.unit_sampling_rate=0.02", "federation.clients=1", "privacy.target.delta=1e-5", "seed=3"]
+    spent = {}
+    for method in ("ew_tune", "ew_tune:published"):
+        results = run.train(configured(method.replace(":", "-"), f"method={method}", *long))
+        spent[method] = results["epsilon"]["release"]["epsilon"]
+        assert results["epsilon"]["server"]["reason"] == "none: trusted" and results["epsilon"]["unit"] == "example"
+    assert spent["ew_tune"] <= 8 < 8.3 < spent["ew_tune:published"]
 
 
 def test_raw_moments_leave_no_epsilon(once):
