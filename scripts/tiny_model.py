@@ -1,6 +1,6 @@
 """A tiny random Llama, a small labelled CSV, a public CSV and a config for them: for tests, and for scripts that need a run of seconds.
 
-python scripts/tiny_model.py FOLDER    writes FOLDER/{model,train.csv,public.csv,config.yaml}
+python scripts/tiny_model.py FOLDER [SEED]    writes FOLDER/{model,train.csv,public.csv,config.yaml}
 """
 
 from __future__ import annotations
@@ -97,6 +97,6 @@ def save(config: dict[str, Any], path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python scripts/tiny_model.py FOLDER")
-    write(Path(sys.argv[1]))
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python scripts/tiny_model.py FOLDER [SEED]")
+    write(Path(sys.argv[1]), seed=int(sys.argv[2]) if len(sys.argv) == 3 else 0)
