@@ -73,7 +73,8 @@ class Runner:
         choices = {name: self.tuning.choose(name, train=True) for name in names}
         if self.tuning.plan:
             tuned = self.tuning.write()
-            print(f"grid: tuning took {tuned['runs']} runs, {tuned['seconds']:.0f} s; choices in {self.grid['out']}/tuned.json", file=sys.stderr)
+            where = f"{self.grid['out']}/tuned.json"
+            print(f"grid: tuning took {tuned['runs']} runs, {tuned['seconds']:.0f} s; choices in {where}", file=sys.stderr)
         for seed in self.grid["seeds"]:
             for number, name in enumerate(names):
                 print(f"grid: seed {seed}, {number + 1} of {len(names)}: {name}", file=sys.stderr, flush=True)

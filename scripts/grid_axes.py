@@ -106,7 +106,12 @@ class Tuning:
     for those tasks, of neither whose text it contains. Choices stand in OUT/tuned.json; finished runs are kept like all others.
     """
 
-    def __init__(self, grid: dict[str, Any], run: Callable[[str, list[str], int], Results | None], read: Callable[[str, int], Results | None]):
+    def __init__(
+        self,
+        grid: dict[str, Any],
+        run: Callable[[str, list[str], int], Results | None],
+        read: Callable[[str, int], Results | None],
+    ):
         self.grid, self.run, self.read = grid, run, read
         self.plan = grid.get("tune")
 

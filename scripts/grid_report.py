@@ -107,8 +107,8 @@ def accuracy_cell(row: Row) -> str:
 
 
 def whole_cells(rows: list[Row], reference: str | None) -> tuple[list[str], list[list[str]]]:
-    header = ["task", "method", "budget", "claimed ε", "release ε", "server ε", "accuracy, mean (each seed)", f"against {reference}, points"]
-    header += ["loss", "bytes up", "bytes down", "seconds", "memory"]
+    header = ["task", "method", "budget", "claimed ε", "release ε", "server ε", "accuracy, mean (each seed)"]
+    header += [f"against {reference}, points", "loss", "bytes up", "bytes down", "seconds", "memory"]
     lines = []
     for row in rows:
         line = [row["task"], row["method"], row["budget"]]
