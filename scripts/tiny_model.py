@@ -19,11 +19,14 @@ FRAME = ["<unk>", "</s>", "Text", ":", "Topic", "positive", "negative"]
 USERS = 12
 
 
-def write(folder: Path, records: int = 160, public: int = 60, seed: int = 0) -> dict[str, Any]:
-    """Write model and data into `folder`; returns a config (nested, JSON-able) that trains on them for two rounds."""
+def write(folder: Path, records: int = 160, public: int = 60, seed: int = 0, **sizes: int) -> dict[str, Any]:
+    """Write model and data into `folder`; returns a config (nested, JSON-able) that trains on them for two rounds.
+
+    sizes: see `write_model`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(seed)
-    write_model(folder / "model")
+    write_model(folder / "model", **sizes)
     with open(folder / "train.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["text", "label", "user"])
@@ -57,8 +60,8 @@ def write(folder: Path, records: int = 160, public: int = 60, seed: int = 0) -> 
     return config
 
 
-def write_model(folder: Path) -> None:
-    """A random Llama of two layers and 16 dimensions with a tokenizer of whole words."""
+def write_model(folder: Path, **sizes: int) -> None:
+    """A random Llama of two layers and 16 dimensions, or of other `sizes` (keys of LlamaConfig), with a tokenizer of whole words."""
     import torch
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
@@ -71,15 +74,18 @@ def write_model(folder: Path) -> None:
         torch.manual_seed(0)
         model = LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=len(words),
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                initializer_range=0.5,
-                bos_token_id=None,
-                eos_token_id=1,
+                **{
+                    "vocab_size": len(words),
+                    "hidden_size": 16,
+                    "intermediate_size": 32,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "initializer_range": 0.5,
+                    "bos_token_id": None,
+                    "eos_token_id": 1,
+                    **sizes,
+                }
             )
         )
     model.save_pretrained(folder)

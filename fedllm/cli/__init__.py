@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from fedllm.cli import codec, compare, evaluate, privacy, train
+from fedllm.cli import codec, compare, evaluate, plan, privacy, train
 from fedllm.errors import RunStopped, UserError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(train.train)
 app.command()(train.resume)
+app.command()(plan.plan)
 app.command()(evaluate.evaluate)
 app.command()(compare.compare)
 app.add_typer(privacy.app, name="privacy")
