@@ -1,4 +1,4 @@
-"""What a run would take, before there are weights or a GPU: parameters, bytes, memory, epsilon by round, expected noise, needed cohort."""
+"""What a run would take, before there are weights or a GPU: parameters, bytes, memory, epsilon by round, expected noise, cohort needed."""
 
 from __future__ import annotations
 
@@ -17,22 +17,17 @@ from dr_encoder.layout import AdapterLayout
 from fedllm import plan_memory as memory
 from fedllm.codec_fit import MOST_AUTO, SIGNAL_SHARE
 from fedllm.errors import UserError
-from fedllm.evaluation import adapter_bytes, message_bytes
-from fedllm.federation import sampling_rate
+from fedllm.evaluation import downlink_bytes, message_bytes
 from fedllm.formats import bytes_text
+from fedllm.methods import held_out_rows
 from fedllm.models import empty_model
-from fedllm.privacy import adversaries
-from fedllm.privacy.calibration import Calibration
+from fedllm.plan_privacy import needs, noise_to_signal, planned_sums, privacy_of
 from fedllm.release import PrivateSum
 from fedllm.run import calibrate, resolve
 from fedllm.schema import Config
 from fedllm.training.engine import CHUNK_BYTES
 
 Phase = Callable[..., AbstractContextManager[Callable[[int], None]]]
-MOST_CLIENTS = 10**9
-STEP = 1.02  # how finely needed cohorts and populations are found
-POINTS = 20  # of the epsilon by round
-BLANK = "0" * 16
 SIGNAL = (
     "every unit's code has the clip norm, and a share {share:g} of its energy is the mean update's, the rest cancels like noise; "
     "the default share is the one `codec.code_size: auto` takes, measured on public text"
@@ -94,7 +89,7 @@ def plan(config: Config, asked: Question, phase: Phase) -> dict[str, Any]:
         privacy = privacy_of(config, sums, units, calibration)
     noise = noise_to_signal(last, asked.signal_share)
     with phase("cohort and population for the target"):
-        needed = needs(config, asked, code.size) if last.private else None
+        needed = needs(config, code.size, asked.signal_share, asked.threshold) if last.private else None
     held = memory_of(config, asked, shape, base, layout, code, last)
     found = {
         "method": config.method,
@@ -112,7 +107,7 @@ def plan(config: Config, asked: Question, phase: Phase) -> dict[str, Any]:
         "units": units,
         "expected_cohort": last.expected,
         "rounds": config.federation.rounds,
-        "bytes": bytes_of(sums, layout.size, code),
+        "bytes": bytes_of(config, sums, layout.size, code),
         "memory": held,
         "privacy": privacy,
         "noise_to_signal": noise,
@@ -161,7 +156,6 @@ def code_of(config: Config, layout: AdapterLayout) -> Code:
     size = min(MOST_AUTO, n) if settings.code_size == "auto" else settings.code_size
     if size is not None and size > n:
         raise UserError(f"codec.code_size={size}: expected at most {n}, the number of trained parameters")
-    rows = settings.public_examples if config.task.public is not None else 0
     factors = [(factor.shape[0], factor.size // factor.shape[0]) for factor in layout.factors]
     diagonal = settings.prior == "moments" and settings.family in ("linear", "kronecker")
     family = "coordinate" if diagonal else settings.family
@@ -179,89 +173,44 @@ def code_of(config: Config, layout: AdapterLayout) -> Code:
         size, stored = codec.code_size, sum(tensor.nbytes for tensor in codec.state()[0].values())
     else:
         raise UserError(f"codec.family={family}: cannot be planned; expected one of {', '.join(sorted(memory.STORED))}")
-    working = memory.FITTING.get(family, lambda *_: 0)(stored, n, rows, max(p * q for p, q in factors))
+    working = memory.FITTING.get(family, lambda *_: 0)(stored, n, public_rows(config), max(p * q for p, q in factors))
     return Code(size, stored, stored + derived, working)
 
 
-def planned_sums(config: Config, calibration: Calibration | None, units: int, size: int, moments: int) -> list[PrivateSum]:
-    """Every private sum of the run, in order, as the federation would describe it; a clip norm that is found on the way counts as 1.
+def bytes_of(config: Config, sums: list[PrivateSum], update_size: int, code: Code) -> dict[str, Any]:
+    """What travels: a whole message (its header is that of a clip norm of 1; another is some bytes longer or shorter), and the downlink.
 
-    moments: numbers of a stage-1 message.
+    `down` is the mean over the rounds: the adapter, and the codec where clients take the server's copy.
     """
-    fed, privacy = config.federation, config.privacy
-    rate = sampling_rate(config)
-    norm = privacy.clip.norm if privacy.clip.norm != "auto" else 1.0
-    warmup = config.codec.warmup_rounds if config.codec.prior == "moments" else 0
-    multipliers = (calibration.stage1_multiplier, calibration.stage2_multiplier) if calibration else (0.0, 0.0)
-
-    def one(stage: int, number: int) -> PrivateSum:
-        return PrivateSum(
-            run=BLANK,
-            stage=stage,
-            round=number,
-            codec="moments" if stage == 1 else BLANK,
-            prior="none",
-            size=moments if stage == 1 else size,
-            clip=float(norm) if privacy.enabled else math.inf,
-            noise=privacy.noise,
-            noise_in="code" if stage == 1 else privacy.noise_in,
-            noise_multiplier=multipliers[stage - 1] or 0.0,
-            shares=fed.max_cohort if privacy.unit == "client" else fed.clients,
-            sampling_rate=rate,
-            max_cohort=fed.max_cohort if privacy.unit == "client" else None,
-            expected=rate * units,
-            unit=privacy.unit,
-            clients=fed.clients,
-            bits=config.codec.bits,
-            each=stage == 2 and config.codec.decode == "each",
-        )
-
-    return [one(1, number) for number in range(warmup)] + [one(2, number) for number in range(fed.rounds)]
-
-
-def privacy_of(config: Config, sums: list[PrivateSum], units: int, calibration: Calibration | None) -> dict[str, Any]:
-    """Both adversaries' epsilon at the end and by round, computed from the ledger that the run would write."""
-    reasons = [why for why, holds in {"privacy disabled": not config.privacy.enabled, "fixed seed": config.seed is not None}.items() if holds]
-    header = {
-        "clients": config.federation.clients,
-        "units": units,
-        "unit": config.privacy.unit,
-        "target": dataclasses.asdict(config.privacy.target),
-        "private": not reasons,
-        "why_not_private": reasons,
-    }
-    entries = [{"id": str(number), **each.ledger_entry("os")} for number, each in enumerate(sums)]
-    rows = adversaries.epsilon_by_round(header, entries, ("pld",), POINTS) if config.privacy.enabled else []
-    return {
-        "private": not reasons,
-        "why_not_private": reasons,
-        "target": header["target"],
-        "noise_multiplier": calibration.stage2_multiplier if calibration else None,
-        "noise_multiplier_stage1": calibration.stage1_multiplier if calibration else None,
-        "sampling_rate": sums[-1].sampling_rate,
-        "max_cohort": sums[-1].max_cohort,
-        "release": adversaries.epsilon_release(header, entries).as_json(),
-        "server": adversaries.epsilon_server(header, entries).as_json(),
-        "by_round": [
-            {"stage": row["stage"], "round": row["round"] + 1, "release": row["release"]["pld"], "server": row["server"]} for row in rows
-        ],
-    }
-
-
-def bytes_of(sums: list[PrivateSum], update_size: int, code: Code) -> dict[str, Any]:
-    """What travels: a whole message (its header is that of a clip norm of 1; another is some bytes longer or shorter), the adapter."""
-    last = sums[-1]
-    message, adapter = message_bytes(last), adapter_bytes(torch.empty(update_size))
+    last, message = sums[-1], message_bytes(sums[-1])
+    fetched = code.stored if config.codec.fit_at == "server" else 0
+    same, new = (downlink_bytes(torch.empty(update_size), fetched, last.unit, refitted) for refitted in (False, True))
+    refits = refit_count(config)
+    down = round((new * refits + same * (config.federation.rounds - refits)) / config.federation.rounds)
+    senders = last.expected if last.unit == "client" else last.clients
     return {
         "message": message,
         "message_stage1": message_bytes(sums[0]) if sums[0].stage == 1 else None,
-        "adapter": adapter,
+        "down": down,
         "codec": code.stored,
         "update": 4 * update_size,
         "compression_ratio": 4 * update_size / message,
-        "up_per_round": round(message * (last.expected if last.unit == "client" else last.clients)),
-        "down_per_round": round(adapter * (last.expected if last.unit == "client" else last.clients)),
+        "up_per_round": round(message * senders),
+        "down_per_round": round(down * senders),
     }
+
+
+def refit_count(config: Config) -> int:
+    """In how many rounds there is a new codec."""
+    codec, rounds = config.codec, config.federation.rounds
+    return 1 if codec.prior == "moments" or codec.refresh == 0 else -(-rounds // codec.refresh)
+
+
+def public_rows(config: Config) -> int:
+    """Public gradients held at once: all, or those for the clip norm where there is no prior to fit."""
+    if config.task.public is None:
+        return 0
+    return held_out_rows(config.codec.public_examples) if config.codec.prior == "none" else config.codec.public_examples
 
 
 def memory_of(
@@ -285,10 +234,10 @@ def memory_of(
         "codec": code.held,
         "updates": memory.update_bytes(n, math.ceil(last.expected / (ranks.count if ranks.mode == "clients" else 1)), CHUNK_BYTES),
     }
-    rows = memory.public_bytes(n, config.codec.public_examples) if config.task.public is not None else 0
+    rows = memory.public_bytes(n, public_rows(config))
     batch = parts["activations"] + parts["working"]
     phases = {
-        "public gradients": batch + rows + min(CHUNK_BYTES, rows),
+        "public gradients": batch + rows + (CHUNK_BYTES if rows > CHUNK_BYTES else 0),  # a chunk, and the one before it
         "fitting the codec": rows + code.held + code.fitting,
         "local training": batch + parts["updates"] + code.held,
     }
@@ -316,87 +265,31 @@ def memory_of(
     }
 
 
-def noise_to_signal(spec: PrivateSum, share: float) -> float | None:
-    """Expected norm of the noise in a round's mean code over the norm of the rest, as the run reports it; None without noise.
-
-    z C sqrt(k) / m over C sqrt(a + (1 - a) / m): noise multiplier z of the sum, clip norm C, code size k, expected cohort m, and the
-    public assumption that a share a of each unit's energy is the mean update's while the rest averages out like noise. C cancels.
-    """
-    if not spec.private:
-        return None
-    kept = share + (1 - share) / max(spec.expected, 1.0)
-    return spec.mean_std * math.sqrt(spec.size) / (spec.clip * math.sqrt(kept))
-
-
-def needs(config: Config, asked: Question, code_size: int) -> dict[str, Any]:
-    """The smallest expected cohort of these clients, and the smallest population for this cohort, that meet the target at the threshold.
-
-    The noise is calibrated anew for each; `None` where none up to all clients (up to a billion clients) does.
-    """
-    if config.privacy.unit != "client":
-        return {"noise_to_signal": asked.threshold, "cohort": None, "population": None, "reason": "counted for privacy.unit=client alone"}
-
-    def ratio(clients: int, cohort: int) -> float:
-        fed = dataclasses.replace(config.federation, clients=clients, expected_cohort=cohort, max_cohort=None)
-        other = resolve(dataclasses.replace(config, federation=fed))
-        try:
-            sums = planned_sums(other, calibrate(other, clients), clients, code_size, 1)
-        except UserError:  # no noise reaches the target there
-            return math.inf
-        return noise_to_signal(sums[-1], asked.signal_share)
-
-    clients, cohort = config.federation.clients, config.federation.expected_cohort
-    return {
-        "noise_to_signal": asked.threshold,
-        "cohort": least(lambda m: ratio(clients, m), 1, clients, asked.threshold),
-        "population": least(lambda count: ratio(count, cohort), cohort, MOST_CLIENTS, asked.threshold),
-        "reason": None,
-    }
-
-
-def least(ratio: Callable[[int], float], low: int, high: int, threshold: float) -> int | None:
-    """The smallest whole number in [low, high], or at most STEP times it, whose ratio is within the threshold; None for none.
-
-    ratio: falls. Interpolates in log-log scale, where it is nearly a line.
-    """
-    below, above = ratio(low), ratio(high)
-    if below <= threshold:
-        return low
-    if above > threshold:
-        return None
-    trial = 0
-    while high - low > 1 and high > STEP * low:
-        share = math.log(below / threshold) / math.log(below / above) if math.isfinite(below) and trial % 3 < 2 else 0.5
-        guess = round(math.exp(math.log(low) + min(max(share, 0.02), 0.98) * math.log(high / low)))
-        guess, trial = min(max(guess, low + 1), high - 1), trial + 1
-        at = ratio(guess)
-        if at <= threshold:
-            high, above = guess, at
-        else:
-            low, below = guess, at
-    return high
-
-
 def warnings(config: Config, asked: Question, found: dict[str, Any], units: int) -> list[str]:
     """One line for each thing that will not work."""
-    held, lines = found["memory"], []
-    if held["fits"] is False:
-        largest = max(HINTS, key=lambda part: held[part] + {"updates": held["public_gradients"], "codec": held["codec_fitting"]}.get(part, 0))
-        line = f"{bytes_text(held['total'])} on a rank do not fit into {bytes_text(held['limit'])}; most is {largest}: {HINTS[largest]}"
-        if held["model_alone"] <= held["limit"]:
-            line += f" (weights, activations and gradients alone, {bytes_text(held['model_alone'])}, do fit: the rest may stay in host memory)"
-        lines.append(line)
-    ranks = asked.ranks
-    if ranks.mode == "clients" and ranks.count > found["expected_cohort"]:
-        lines.append(f"{ranks.count} ranks for {found['expected_cohort']:g} clients a round: parallel.mode=clients leaves some without work")
-    if ranks.mode == "clients" and ranks.stage > 0:
-        lines.append(f"ZeRO {ranks.stage} divides nothing with parallel.mode=clients; expected data")
-    privacy = config.privacy
-    if privacy.enabled and privacy.target.delta >= 1 / units:
-        lines.append(f"privacy.target.delta={privacy.target.delta:g} is not below 1/{units}: it permits publishing one {privacy.unit} whole")
-    ratio = found["noise_to_signal"]
-    if ratio is not None and ratio > asked.threshold:
-        lines.append(f"the noise is expected to be {ratio:.3g} times the signal: a shorter code, more clients or a larger epsilon")
-    if config.codec.code_size == "auto":
-        lines.append(f"codec.code_size=auto is planned as its longest, {found['code_size']:,}")
-    return lines
+    ranks, privacy, ratio = asked.ranks, config.privacy, found["noise_to_signal"]
+    alone = ranks.mode == "clients" and ranks.count > found["expected_cohort"]
+    checks = {
+        f"{ranks.count} ranks for {found['expected_cohort']:g} clients a round: parallel.mode=clients leaves some without work": alone,
+        f"ZeRO {ranks.stage} divides nothing with parallel.mode=clients; expected data": ranks.mode == "clients" and ranks.stage > 0,
+        f"privacy.target.delta={privacy.target.delta:g} is not below 1/{units}: it permits publishing one {privacy.unit} whole": (
+            privacy.enabled and privacy.target.delta >= 1 / units
+        ),
+        f"the noise is expected to be {ratio or 0:.3g} times the signal: a shorter code, more clients or a larger epsilon": (
+            ratio is not None and ratio > asked.threshold
+        ),
+        f"codec.code_size=auto is planned as its longest, {found['code_size']:,}": config.codec.code_size == "auto",
+    }
+    return [*too_large(found["memory"]), *(line for line, holds in checks.items() if holds)]
+
+
+def too_large(held: dict[str, Any]) -> list[str]:
+    """Why the run does not fit into the limit, and what would help; nothing where it fits."""
+    if held["fits"] is not False:
+        return []
+    more = {"updates": held["public_gradients"], "codec": held["codec_fitting"]}
+    largest = max(HINTS, key=lambda part: held[part] + more.get(part, 0))
+    line = f"{bytes_text(held['total'])} on a rank do not fit into {bytes_text(held['limit'])}; most is {largest}: {HINTS[largest]}"
+    if held["model_alone"] <= held["limit"]:
+        line += f" (weights, activations and gradients alone, {bytes_text(held['model_alone'])}, do fit: the rest may stay in host memory)"
+    return [line]

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dr_encoder.codecs.kronecker import MAX_COLUMNS as KRONECKER_COLUMNS
 from fedllm.errors import UserError
 
 FLOAT = 4
@@ -34,7 +35,8 @@ ATTENTIONS = ("fused", "eager")
 SHARED_INPUTS = {name: "attention" for name in ("q_proj", "k_proj", "v_proj", "query", "key", "value")} | {
     name: "mlp" for name in ("gate_proj", "up_proj")
 }
-STATES = {"sgd": 0, "momentum": 1, "adam": 2}  # numbers that the server's optimiser keeps for each of the adapter's
+STATES = {"sgd": 0, "fedavg": 0, "momentum": 1, "fedavgm": 1, "adagrad": 1, "fedadagrad": 1}  # numbers kept for each of the adapter's
+MOST_STATES = 2  # Adam and its like
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's own stage3_max_live_parameters
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -105,9 +107,7 @@ def layer_bytes(shape: Geometry, rank: int, width: int, item: int, attention: st
     return norms + 3 * item * across + scores + mlp + lora
 
 
-def activation_bytes(
-    shape: Geometry, tokens: int, layer: int, item: int, *, checkpointing: bool = False, next_token: bool = False
-) -> int:
+def activation_bytes(shape: Geometry, tokens: int, layer: int, item: int, *, checkpointing: bool = False, next_token: bool = False) -> int:
     """Activations saved for a batch of `tokens`: all layers, or with checkpointing their inputs and one layer. layer: see `layer_bytes`."""
     layers = shape.layers * item * shape.hidden + layer if checkpointing else shape.layers * layer
     last = FLOAT * shape.hidden + (FLOAT * shape.vocabulary if next_token else 0)
@@ -131,12 +131,12 @@ def weight_bytes(base: int, trained: int, item: int, ranks: Ranks) -> int:
 
 
 def optimizer_bytes(trained: int, optimizer: str, ranks: Ranks) -> int:
-    """Gradients of the adapter, and on the rank that keeps the server's state: its copy, the update, the optimiser's moments, the new adapter.
+    """Gradients of the adapter, and where the server is: its copy, the update, the optimiser's moments, the new adapter.
 
     ZeRO divides the gradients from stage 2 on.
     """
     gradients = -(-trained // ranks.count) if ranks.mode == "data" and ranks.stage >= 2 else trained
-    return FLOAT * (gradients + trained * (3 + STATES.get(optimizer, 2)))
+    return FLOAT * (gradients + trained * (3 + STATES.get(optimizer, MOST_STATES)))
 
 
 def update_bytes(trained: int, units: int, chunk: int) -> int:
@@ -170,10 +170,10 @@ FITTING: dict[str, Callable[[int, int, int, int], int]] = {
 
 
 def _kronecker(k: int, factors: list[tuple[int, int]]) -> int:
-    """An upper bound: no more columns than sides have, than 256, or than numbers are sent."""
-    whole = sum(p * min(p, 256) + q * min(q, 256) for p, q in factors)
-    used = k * (max(p for p, _ in factors) + max(q for _, q in factors))
-    return FLOAT * (min(whole, used) + 2 * k)
+    """At most: the numbers are spread over all factors, and each takes a row and a column of its own where a side has one left."""
+    each = -(-k // len(factors))
+    columns = sum(p * min(p, each, KRONECKER_COLUMNS) + q * min(q, each, KRONECKER_COLUMNS) for p, q in factors)
+    return FLOAT * (columns + 2 * k)
 
 
 def parse_bytes(text: str) -> int:

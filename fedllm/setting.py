@@ -96,7 +96,7 @@ def load_task(config: Config) -> sources.Dataset:
     return sources.load(
         task.source,
         eval_examples=task.eval_examples,
-        labelled=task.kind != "text",
+        labelled=task.kind != "text" or config.federation.partition.kind == "dirichlet",
         test=task.test,
         text=task.columns.text,
         label=task.columns.label,

@@ -40,7 +40,7 @@ def plan(
         if attention not in plan_memory.ATTENTIONS:
             raise UserError(f"--attention {attention}: expected one of {', '.join(plan_memory.ATTENTIONS)}")
         for name, value, high in (("ranks", ranks, None), ("signal-share", signal_share, 1.0), ("noise-to-signal", noise_to_signal, None)):
-            if value is not None and not (0 < value and (high is None or value <= high)):
+            if value is not None and not 0 < value <= (high or value):
                 raise UserError(f"--{name} {value}: expected a number above 0" + (f", at most {high:g}" if high else ""))
         file = deepspeed or getattr(settings.engine, "deepspeed", None)
         mode = settings.parallel.mode
@@ -87,10 +87,10 @@ def _traffic(sizes: dict[str, Any]) -> list[Row]:
     first = f", {bytes_text(sizes['message_stage1'])} in stage 1" if sizes["message_stage1"] else ""
     return [
         ("bytes up", bytes_text(sizes["message"]), f"{raw} ({times_text(sizes['compression_ratio'])}){first}"),
-        ("bytes down", bytes_text(sizes["adapter"]), "the new adapter, per client and round"),
+        ("bytes down", bytes_text(sizes["down"]), "per client and round: the new adapter, and the codec unless clients fit their own"),
         ("all clients, up", bytes_text(sizes["up_per_round"]), "a round"),
         ("all clients, down", bytes_text(sizes["down_per_round"]), "a round"),
-        ("codec", bytes_text(sizes["codec"]), "at every refit, unless clients fit their own"),
+        ("codec", bytes_text(sizes["codec"]), "its file"),
     ]
 
 
@@ -138,8 +138,9 @@ def _noise(found: dict[str, Any]) -> list[Row]:
     ratio, needed, privacy = found["noise_to_signal"], found["needs"], found["privacy"]
     if ratio is None:
         return [("noise to signal", "none", "no noise")]
+    sampled = f"sampling rate {privacy['sampling_rate']:g}" + (f", at most {privacy['max_cohort']}" if privacy["max_cohort"] else "")
     lines = [
-        ("noise multiplier", f"{privacy['noise_multiplier']:g}", f"sampling rate {privacy['sampling_rate']:g}, at most {privacy['max_cohort']}"),
+        ("noise multiplier", f"{privacy['noise_multiplier']:g}", sampled),
         ("noise to signal", f"{ratio:.3g}", f"expected, where {found['assumption']}"),
     ]
     goal = f"for epsilon {privacy['target']['epsilon']:g} at noise to signal {needed['noise_to_signal']:g}"

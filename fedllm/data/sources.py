@@ -2,6 +2,7 @@
 
 import dataclasses
 import filecmp
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from fedllm.data.tables import Columns
 from fedllm.errors import UserError
 from fedllm.schema import GENERATED
 
+_PLACE = re.compile(r"\{([^{}]+)\}")  # of a column in a template
 SPLIT_SEED = 20_170  # the held-out part is public and the same for every run, whatever the run's own seed
 
 
@@ -84,7 +86,8 @@ def load(
         eval_examples: size of the held-out part, at least 1. A source with a test part of its own, or with `test`
             (another file) named, is not split; a larger test part is cut down to this many at random.
         labelled: whether each example needs a label; otherwise the label column may be missing.
-        text, label, user: column names. Rows with blank text are left out.
+        text, label, user: column names. Rows with blank text are left out. text may be a template over columns, such as
+            "{question} {answer}".
     Raises: UserError for a missing file or column, an unknown label, an empty source, too few examples.
     """
     parts = _read(source)
@@ -210,7 +213,7 @@ def _hub_columns(part) -> Columns:
 def _table(
     columns: Columns, where: str, labelled: bool, text: str, label: str, user: str | None, names: list[str] | None
 ) -> Table:
-    texts = _column(columns, text, "text", where)
+    texts = _texts(columns, text, where)
     rows = [i for i, value in enumerate(texts) if isinstance(value, str) and value.strip()]
     if not rows:
         raise UserError(f"{where}: empty: no row has text in column {text!r}")
@@ -230,6 +233,17 @@ def _table(
         values = _column(columns, user, "user", where)
         users = np.unique(np.array([str(values[i]) for i in rows]), return_inverse=True)[1].astype(np.int64)
     return Table([texts[i].strip() for i in rows], labels, label_names, users)
+
+
+def _texts(columns: Columns, text: str, where: str) -> list:
+    """The text column, or a template filled from several; a row in which all of these are blank is blank."""
+    names = _PLACE.findall(text)
+    if text in columns or not names:
+        return _column(columns, text, "text", where)
+    found = {name: [str(value or "").strip() for value in _column(columns, name, "text", where)] for name in names}
+    rows = (dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True))
+    filled = (_PLACE.sub(lambda place: row[place[1]], text) if any(row.values()) else None for row in rows)  # noqa: B023
+    return [re.sub(r"\n{3,}", "\n\n", each) if each is not None else None for each in filled]  # an empty column leaves no gap
 
 
 def _column(columns: Columns, name: str, role: str, where: str) -> list:

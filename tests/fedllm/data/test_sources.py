@@ -81,6 +81,17 @@ def test_text_tasks_need_no_label(tmp_path):
     assert data.train.labels is None and len(data.train) == 30  # the blank row is no example
 
 
+def test_a_text_may_be_a_template_over_columns(tmp_path):
+    rows = [{"ask": f"why {i}", "context": "" if i else "so", "answer": f"{{x}} {i}", "kind": "ab"[i % 2]} for i in range(6)]
+    rows.append({"ask": " ", "context": "", "answer": None, "kind": "a"})
+    path = write(tmp_path / "own.jsonl", rows)
+    data = load(path, eval_examples=1, text="{ask}\n\n{context}\n\n{answer}", label="kind")
+    texts = sorted([*data.train.texts, *data.test.texts])
+    assert texts == ["why 0\n\nso\n\n{x} 0", *(f"why {i}\n\n{{x}} {i}" for i in range(1, 6))]  # the blank row is no example
+    with pytest.raises(UserError, match="no column 'body'"):
+        load(path, eval_examples=1, text="{ask} {body}", label="kind")
+
+
 def test_number_labels_are_ordered_as_numbers(tmp_path):
     rows = [{"text": "t", "label": i % 11} for i in range(22)]
     assert load(write(tmp_path / "own.jsonl", rows), eval_examples=2).train.label_names == [str(i) for i in range(11)]

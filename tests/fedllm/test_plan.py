@@ -1,0 +1,202 @@
+"""`fedllm plan` against real runs of the tiny model, closed forms, and the papers' configs."""
+
+import contextlib
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from fedllm import plan as planning
+from fedllm import plan_privacy, run
+from fedllm.config import load_config
+from fedllm.errors import UserError
+from fedllm.methods import METHODS
+from fedllm.plan import Question, plan
+from fedllm.plan_memory import Ranks
+from fedllm.plan_privacy import bisect, least, needs, noise_to_signal
+from fedllm.privacy.calibration import Calibration
+from tests.fedllm.runs import AUTOENCODER, SETTINGS, USERS
+
+PAPER = Path(__file__).parents[2] / "configs" / "paper"
+
+
+@contextlib.contextmanager
+def phase(text, total=None):
+    yield lambda count: None
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No search for a needed cohort."""
+    monkeypatch.setattr(planning, "needs", lambda *_: None)
+
+
+CASES = {
+    "public": SETTINGS["public"],
+    "moments": SETTINGS["moments"],
+    "mixture": [*SETTINGS["mixture"], "codec.refresh=2"],
+    "users": [*USERS, "privacy.noise=local"],
+    "autoencoder": [*AUTOENCODER, "codec.prior=moments", "privacy.noise=central"],
+    "full_noise": ["method=full_noise"],
+    "fedit": ["method=fedit", "codec.fit_at=client"],
+    "server": ["privacy.target.adversary=server", "privacy.target.epsilon=50", "codec.family=sketch"],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_is_what_the_run_then_does(name, configured, quick, no_plot, one_thread):
+    config = configured(name, *CASES[name])
+    results = run.train(config)
+    units = 12 - 3 if name == "users" else None  # scripts/tiny_model.py has 12 users, of whom some are held out
+    if units is not None:
+        units = round(results["expected_cohort"] / config.federation.unit_sampling_rate)
+    found = plan(config, Question(units=units), phase)
+    assert found["trainable_parameters"] == results["parameters"] and found["code_size"] == results["code_size"]
+    assert found["bytes"]["update"] == results["update_bytes"]
+    assert found["bytes"]["message"] == pytest.approx(results["uplink_bytes_per_client_round"], abs=16)  # the digits of the clip norm
+    assert found["bytes"]["down"] == pytest.approx(results["downlink_bytes_per_client_round"], rel=0.1, abs=500)
+    assert found["bytes"]["codec"] == pytest.approx(results["codec_bytes"], rel=0.1, abs=6000)  # the header of a small file
+    assert found["expected_cohort"] == pytest.approx(results["expected_cohort"])
+    for adversary in ("release", "server"):
+        expected = results["epsilon"][adversary]["epsilon"]
+        answer = found["privacy"][adversary]
+        assert answer["epsilon"] == (None if expected is None else pytest.approx(expected, rel=1e-6))
+        assert answer["relation"] == results["epsilon"][adversary]["relation"] and answer["reason"] == results["epsilon"][adversary]["reason"]
+        stage2 = {row["round"]: row[adversary] for row in found["privacy"]["by_round"] if row["stage"] == "stage2"}
+        for row in results["history"][1:]:
+            assert stage2.get(row["round"]) == (row[f"epsilon_{adversary}"] and pytest.approx(row[f"epsilon_{adversary}"], rel=1e-6))
+
+
+def test_memory_adds_up(configured, quick):
+    held = plan(configured("run", "codec.public_examples=59"), Question(), phase)["memory"]
+    rows = 4 * 59 * 256
+    batch = held["activations"] + held["working"]
+    assert held["public_gradients"] == rows
+    assert held["total"] == held["weights"] + held["optimizer"] + batch + max(rows, held["updates"] + held["codec"])
+    assert held["activations_checkpointed"] < held["activations"] and held["peak_in"] in ("public gradients", "local training")
+    checkpointed = plan(configured("run"), Question(ranks=Ranks(checkpointing=True)), phase)["memory"]
+    assert checkpointed["activations"] == held["activations_checkpointed"]
+
+
+def spec(config, units=40, z=0.5, size=8):
+    return plan_privacy.planned_sums(run.resolve(config), Calibration(None, z, 8.0), units, size, 1)[-1]
+
+
+def test_noise_to_signal_is_its_formula(configured):
+    """z C sqrt(k) / m over C sqrt(a + (1 - a) / m), whatever C."""
+    for norm in ("auto", "7.5"):
+        planned = spec(configured("run", f"privacy.clip.norm={norm}"), z=0.5, size=16)
+        assert noise_to_signal(planned, 1.0) == pytest.approx(0.5 * 4 / 10)
+        assert noise_to_signal(planned, 0.1) == pytest.approx(0.5 * 4 / 10 / math.sqrt(0.1 + 0.9 / 10))
+    assert noise_to_signal(spec(configured("run", "privacy.noise=local"), size=16), 1.0) == pytest.approx(
+        0.5 * math.sqrt(spec(configured("run")).shares) * 4 / 10
+    )
+    assert noise_to_signal(spec(configured("run", "method=fedit"), z=0.0), 1.0) is None
+
+
+def test_the_least_number_that_holds():
+    assert [bisect(lambda count, at=at: count >= at, 1, 1000) for at in (1, 2, 617, 1000)] == [1, 2, 617, 1000]
+    for wrong_by in (0.3, 1.0, 4.0):  # how far the rough ratio is off
+        found = least(lambda m: 100 / m, lambda m: wrong_by * 90 / m**0.9, 1, 10**6, 0.5)
+        assert 200 <= found <= 200 * plan_privacy.STEP + 1
+    assert least(lambda m: 0.1, lambda m: 5 / m, 3, 50, 0.5) == 3 or least(lambda m: 0.1, lambda m: 5 / m, 3, 50, 0.5) <= 50
+    assert least(lambda m: 10 / m, lambda m: 10 / m, 1, 15, 0.5) is None
+    assert least(lambda m: math.inf, lambda m: 1 / m, 1, 15, 0.5) is None
+
+
+def test_needed_cohort_and_population_reach_the_threshold(configured):
+    config = run.resolve(configured("run", "federation.clients=400", "federation.rounds=1", "privacy.target.delta=1e-3"))
+    found = needs(config, 64, 0.01, 0.5)
+
+    def ratio(clients, cohort):
+        other = run.resolve(
+            configured("run", "federation.rounds=1", f"federation.clients={clients}", f"federation.expected_cohort={cohort}")
+        )
+        return noise_to_signal(spec(other, clients, run.calibrate(other, clients).stage2_multiplier, 64), 0.01)
+
+    assert ratio(400, found["cohort"]) <= 0.5 < ratio(400, int(found["cohort"] / 1.3))
+    assert found["population"] is None  # ten clients a round are too few, however many there are
+    assert ratio(10**9, 10) > 0.5
+    assert needs(run.resolve(configured("run", *USERS)), 64, 0.01, 0.5)["reason"]
+
+
+def test_warnings_say_what_will_not_work(configured, quick):
+    config = configured("run", "privacy.target.delta=0.1", "privacy.target.epsilon=0.5", "codec.code_size=auto")
+    asked = Question(limit=10**5, ranks=Ranks(20, "clients", 2), threshold=0.1)
+    lines = "\n".join(plan(config, asked, phase)["warnings"])
+    for text in ("do not fit into 100 kB", "20 ranks for 10 clients", "ZeRO 2 divides nothing", "not below 1/40", "times the signal", "longest, 256"):
+        assert text in lines
+    calm = plan(configured("run"), Question(limit=2**30, threshold=100), phase)
+    assert calm["warnings"] == [] and calm["memory"]["fits"]
+
+
+def test_what_cannot_be_planned(configured, tmp_path, quick):
+    for overrides, asked, says in (
+        (USERS, Question(), "--units"),
+        (["codec.code_size=24", "lora.targets=[v_proj]", "lora.r=1", "lora.train=b"], Question(), "expected at most 16"),
+        ([], Question(model_config=tmp_path), "expected a folder with config.json"),
+        (["lora.targets=[z_proj]"], Question(), "no linear module z_proj"),
+    ):
+        with pytest.raises(UserError, match=re.escape(says)):
+            plan(configured("run", *overrides), asked, phase)
+
+
+def test_a_model_that_cannot_be_reached_is_planned_from_its_config(configured, quick, tiny, monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", _offline(transformers.AutoConfig.from_pretrained))
+    config = configured("run", "model.name=nobody/model")
+    with pytest.raises(UserError, match="--model-config FOLDER"):
+        plan(config, Question(), phase)
+    assert planning.model_folder(config, tiny / "models.yaml") is None
+    (tiny / "models").mkdir(exist_ok=True)
+    (tiny / "models" / "model").mkdir(exist_ok=True)
+    (tiny / "models" / "model" / "config.json").write_bytes((tiny / "model" / "config.json").read_bytes())
+    folder = planning.model_folder(config, tiny / "config.yaml")
+    assert plan(config, Question(model_config=folder), phase)["trainable_parameters"] == 256
+
+
+def _offline(real):
+    def read(source, **more):
+        if not Path(source).is_dir():
+            raise OSError("no network")
+        return real(source, **more)
+
+    return read
+
+
+CONFIGS = sorted(PAPER.glob("*.yaml"))
+SHAPES = {"llama": (6_738_415_616, "LlamaForCausalLM"), "qwen": (7_721_324_544, "Qwen2ForCausalLM")}
+TRAINED = {"dr-encoder": 8_388_608, "cg-fedllm": 8_388_608, "dp-lora": 4_194_304, "dp-fedlora": 16_777_216}
+
+
+def paper_config(path):
+    method = re.search(r"^method: (\S+)", path.read_text(), re.MULTILINE)[1]
+    if method not in METHODS:
+        pytest.skip(f"method {method} is not registered yet")
+    return load_config(path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_papers_configs_plan_offline(path, monkeypatch, quick):
+    """Sizes of both models and methods; the calibration, which takes seconds, is not looked at here."""
+    config = paper_config(path)
+    monkeypatch.setattr(planning, "calibrate", lambda config, units: Calibration(1.0, 1.0, 1.0) if config.privacy.enabled else None)
+    monkeypatch.setattr(plan_privacy, "POINTS", 1)
+    found = plan(config, Question(model_config=planning.model_folder(config, path)), phase)
+    model, _, method = path.stem.partition("-7b-")
+    assert (found["parameters"], found["model"]["class"]) == SHAPES[model]
+    assert found["trainable_parameters"] == TRAINED[method]
+    assert found["code_size"] == (131_072 if method in ("dr-encoder", "cg-fedllm") else TRAINED[method])
+
+
+def test_there_is_a_config_for_each_model_and_method():
+    assert {path.stem for path in CONFIGS} == {f"{model}-7b-{method}" for model in SHAPES for method in TRAINED}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_value_says_where_it_is_from(path):
+    for line in path.read_text().splitlines():
+        if re.match(r"\s*\w+:\s*\S", line) and not line.startswith("#"):
+            assert re.search(r"  # (.*our choice|paper|CG-FedLLM)", line), line
