@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,7 +53,8 @@ class UnitGradients:
         """Start collecting into zeroed rows [units, n], float32."""
         for value in self._parameters.values():
             value.grad = None
-        self._sums = torch.zeros(units, self.layout.size)
+        # numpy's zeros are pages not yet there: they come as the backward pass lets go of activations, and do not add to the peak.
+        self._sums = torch.from_numpy(np.zeros((units, self.layout.size), np.float32))
 
     def batch(self, rows: Tensor) -> None:
         """Say which unit each example of the next batch belongs to, int64 [batch]; its backward pass comes before the next batch."""

@@ -92,16 +92,17 @@ class Simulation:
 
     def _of_units(self, spec: PrivateSum, encode: Encode) -> Iterator[tuple[int, Tensor]]:
         """Every client takes part and samples its own users or examples by Poisson; how many it took, it tells nobody."""
-        partition, tokens = self.setting.partition, self.setting.train.tokens
+        partition, engine = self.setting.partition, self.setting.engine
         for client in range(spec.clients):
             units = len(partition.unit_ids(client))
             draws = self.noise.uniform((units,), purpose="units", stage=spec.stage, round=spec.round, client=client)
             chosen = partition.units(client, np.flatnonzero(draws < spec.sampling_rate))
-            chosen.sort(key=lambda unit: max((len(tokens[i]) for i in unit), default=0))  # alike lengths together: less padding
-            length = self.setting.engine.layout.size if spec.noise_in == "update" else spec.size
+            groups = engine.batches(self.setting.train, chosen) if spec.unit == "example" else [chosen]
+            length = engine.layout.size if spec.noise_in == "update" else spec.size
             total = torch.zeros(length, dtype=torch.float64)
-            for _, clipped in self._trained(chosen, lambda _, updates: unit_vectors(updates, encode, spec)):
-                total += clipped.sum(0, dtype=torch.float64)
+            for group in groups:
+                for _, clipped in self._trained(group, lambda _, updates: unit_vectors(updates, encode, spec)):
+                    total += clipped.sum(0, dtype=torch.float64)
             yield client, total
 
     def _trained(self, records: list[np.ndarray], vectors: Callable[[slice, Tensor], Tensor]) -> Iterator[tuple[slice, Tensor]]:

@@ -61,10 +61,11 @@ def test_every_example_is_in_the_sample_by_its_own_coin():
 
     def updates(data, units, *_):
         assert all(len(unit) == 1 for unit in units)
+        assert not taken[number, [unit[0] for unit in units]].any()  # each once
         taken[number, [unit[0] for unit in units]] = True
         return iter(())
 
-    engine = SimpleNamespace(layout=SimpleNamespace(size=2), updates=updates)
+    engine = SimpleNamespace(layout=SimpleNamespace(size=2), updates=updates, batches=lambda data, units: [units[::2], units[1::2]])
     setting = SimpleNamespace(partition=partition, train=Encoded([[1]] * records, np.zeros(records)), engine=engine)
     config = SimpleNamespace(
         federation=SimpleNamespace(local=SimpleNamespace(steps=1, lr=1.0)), codec=SimpleNamespace(error_feedback=False)

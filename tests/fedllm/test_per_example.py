@@ -113,6 +113,18 @@ def test_rows_are_the_gradients_of_single_examples(kind, data):
     assert_equal(engine, rows_of(engine, data), loop(engine, data), 1e-4)
 
 
+def test_batches_hold_every_unit_once_and_are_one_batch_each(kind, data):
+    engine = make_engine(kind)
+    groups = list(engine.batches(data, EXAMPLES))
+    assert sorted(int(unit[0]) for group in groups for unit in group) == list(range(len(EXAMPLES)))
+    widths = [[len(data.tokens[unit[0]]) for unit in group] for group in groups]
+    assert len(groups) > 2 and all(len(group) * max(group) <= 36 and group == sorted(group) for group in widths)
+    together = torch.cat([rows_of(engine, data, group) for group in groups])
+    order = [int(unit[0]) for group in groups for unit in group]
+    assert_equal(engine, together, rows_of(engine, data)[order], 1e-5)
+    assert list(engine.batches(data, [])) == []
+
+
 def test_a_bfloat16_base(kind, data):
     engine = make_engine(kind, torch.bfloat16, batch_tokens=10**6)
     found = rows_of(engine, data)
