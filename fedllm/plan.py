@@ -13,6 +13,7 @@ import torch
 
 from dr_encoder.codecs import CODECS
 from dr_encoder.codecs.autoencoder import WIDTHS, ConvAutoEncoder, image_shape, required_code_size
+from dr_encoder.codecs.chain import WIDER
 from dr_encoder.layout import AdapterLayout
 from fedllm import plan_memory as memory
 from fedllm.codec_fit import MOST_AUTO, SIGNAL_SHARE
@@ -21,7 +22,7 @@ from fedllm.evaluation import downlink_bytes, message_bytes
 from fedllm.formats import bytes_text
 from fedllm.methods import held_out_rows
 from fedllm.models import empty_model
-from fedllm.plan_privacy import needs, noise_to_signal, planned_sums, privacy_of
+from fedllm.plan_privacy import group_count, needs, noise_to_signal, planned_sums, privacy_of
 from fedllm.release import PrivateSum
 from fedllm.run import calibrate, resolve
 from fedllm.schema import Config
@@ -82,14 +83,14 @@ def plan(config: Config, asked: Question, phase: Phase) -> dict[str, Any]:
     shape = memory.geometry(model)
     code = code_of(config, layout)
     with phase("the noise that the target takes"):
-        calibration = calibrate(config, units)
-    sums = planned_sums(config, calibration, units, code.size, 2 * len(layout.factors))
+        calibration = calibrate(config, units, group_count(config, layout))
+    sums = planned_sums(config, calibration, units, code.size, layout)
     last = sums[-1]
     with phase("epsilon by round"):
         privacy = privacy_of(config, sums, units, calibration)
     noise = noise_to_signal(last, asked.signal_share)
     with phase("cohort and population for the target"):
-        needed = needs(config, code.size, asked.signal_share, asked.threshold) if last.private else None
+        needed = needs(config, code.size, layout, asked.signal_share, asked.threshold) if last.private else None
     held = memory_of(config, asked, shape, base, layout, code, last)
     found = {
         "method": config.method,
@@ -166,10 +167,18 @@ def code_of(config: Config, layout: AdapterLayout) -> Code:
             weights = ConvAutoEncoder(image_shape(n), WIDTHS).state_dict().values()
         stored = sum(4 * weight.numel() for weight in weights) + 4 * size + 12 * len(factors)
         derived = 4 * n  # the scale of each coordinate
+    elif family == "chain":
+        outer, inner = settings.parts
+        between = n if outer == "allocation" else min(WIDER * size, n)
+        stored = memory.STORED[outer](n, between, factors) + memory.STORED[inner](between, size, factors)
     elif family in memory.STORED:
+        size = n if size is None else size
         stored = memory.STORED[family](n, size, factors)
     elif not CODECS[family].needs_prior:
-        codec = CODECS[family].fit(None, layout, size, 0.0, 0)
+        try:
+            codec = CODECS[family].fit(None, layout, size, 0.0, 0)
+        except ValueError as error:  # fewer numbers than the family needs
+            raise UserError(f"codec.family={family}: {error}") from None
         size, stored = codec.code_size, sum(tensor.nbytes for tensor in codec.state()[0].values())
     else:
         raise UserError(f"codec.family={family}: cannot be planned; expected one of {', '.join(sorted(memory.STORED))}")
@@ -190,7 +199,7 @@ def bytes_of(config: Config, sums: list[PrivateSum], update_size: int, code: Cod
     senders = last.expected if last.unit == "client" else last.clients
     return {
         "message": message,
-        "message_stage1": message_bytes(sums[0]) if sums[0].stage == 1 else None,
+        "message_stage1": message_bytes(sums[0]) if config.codec.prior == "moments" else None,
         "down": down,
         "codec": code.stored,
         "update": 4 * update_size,
@@ -226,13 +235,14 @@ def memory_of(
         checkpointing: memory.activation_bytes(shape, tokens, layer, item, checkpointing=checkpointing, next_token=text)
         for checkpointing in (False, True)
     }
+    units = last.expected / (ranks.count if ranks.mode == "clients" else 1)
     parts = {
         "weights": memory.weight_bytes(base, n, item, ranks),
         "activations": saved[ranks.checkpointing],
         "working": memory.working_bytes(shape, tokens, layer, next_token=text),
         "optimizer": memory.optimizer_bytes(n, config.federation.server.optimizer, ranks),
         "codec": code.held,
-        "updates": memory.update_bytes(n, math.ceil(last.expected / (ranks.count if ranks.mode == "clients" else 1)), CHUNK_BYTES),
+        "updates": memory.update_bytes(n, math.ceil(units), CHUNK_BYTES if config.federation.local.steps == 1 else 0),
     }
     rows = memory.public_bytes(n, public_rows(config))
     batch = parts["activations"] + parts["working"]
@@ -277,6 +287,10 @@ def warnings(config: Config, asked: Question, found: dict[str, Any], units: int)
         ),
         f"the noise is expected to be {ratio or 0:.3g} times the signal: a shorter code, more clients or a larger epsilon": (
             ratio is not None and ratio > asked.threshold
+        ),
+        "codec.prior=real: the clients' gradients that the codec is fitted to are not counted in memory": config.codec.prior == "real",
+        "federation.weights=examples is planned with equal weights; the heaviest client's epsilon is larger": (
+            config.federation.weights == "examples"
         ),
         f"codec.code_size=auto is planned as its longest, {found['code_size']:,}": config.codec.code_size == "auto",
     }

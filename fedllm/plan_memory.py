@@ -153,17 +153,18 @@ def public_bytes(trained: int, examples: int) -> int:
     return FLOAT * trained * examples
 
 
-# Codecs that are fitted to a prior: bytes of what is kept. (n, k, factors as (rows, columns)) -> bytes.
+# Codecs that are fitted to a prior, chains aside: bytes of what is kept. (n, k, factors as (rows, columns)) -> bytes.
 Stored = Callable[[int, int, list[tuple[int, int]]], int]
 STORED: dict[str, Stored] = {
     "linear": lambda n, k, factors: FLOAT * k * (n + 1),
     "coordinate": lambda n, k, factors: 12 * k,
-    "chain": lambda n, k, factors: 12 * min(16 * k, n) + FLOAT * k * (min(16 * k, n) + 1),
+    "allocation": lambda n, k, factors: 2 * FLOAT * n,
     "kronecker": lambda n, k, factors: _kronecker(k, factors),
 }
 # The same: bytes on top while it is fitted, beside the rows it is fitted to; measured. (stored, n, rows, largest factor) -> bytes.
 FITTING: dict[str, Callable[[int, int, int, int], int]] = {
     "linear": lambda stored, n, rows, largest: 2 * stored,
+    "chain": lambda stored, n, rows, largest: 2 * stored,
     "kronecker": lambda stored, n, rows, largest: 5 * FLOAT * rows * largest,
     "autoencoder": lambda stored, n, rows, largest: 50 * FLOAT * n,
 }

@@ -93,5 +93,7 @@ def _updates(setting: Setting, config: Config, key: list[int], count: int, label
     chosen = rng.permutation(len(setting.public))[:count]
     text = Encoded([setting.public.tokens[i] for i in chosen], setting.public.targets[chosen])
     data = Encoded(text.tokens, LABELS[labels](setting.engine, text, rng))
-    rows = setting.engine.updates(data, [np.array([i]) for i in range(len(data))], local.steps, local.lr, local.prox)
-    return torch.cat([updates for _, updates in rows])
+    rows = torch.empty(len(data), setting.engine.layout.size)  # once: for a large model they are the most that a run holds
+    for where, updates in setting.engine.updates(data, [np.array([i]) for i in range(len(data))], local.steps, local.lr, local.prox):
+        rows[where] = updates
+    return rows

@@ -123,6 +123,9 @@ def _privacy(found: dict[str, Any]) -> list[Row]:
             said = f"{answer['kind']}, delta {answer['delta']:g}, {answer['relation']} {answer['unit']}, {answer['accountant']}"
             meaning = "; ".join(filter(None, [said, _by_round(privacy["by_round"], adversary), answer["reason"]]))
         lines.append((f"ε, {adversary} adversary", epsilon_text(answer["epsilon"]), meaning))
+    if privacy["claimed"]:
+        claim = privacy["claimed"]
+        lines.append(("ε, claimed", epsilon_text(claim["epsilon"]), f"by the paper at delta {claim['delta']:g}: {claim['statement']}"))
     if not privacy["private"]:
         lines.append(("private", f"no: {', '.join(privacy['why_not_private'])}", "no epsilon of this run is a promise"))
     return lines

@@ -12,6 +12,7 @@ from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import from_public_gradients
 from fedllm import plan_memory as memory
 from fedllm.errors import UserError
+from fedllm.methods import FIXED_SIZE
 from fedllm.models import add_adapter
 from fedllm.plan import code_of
 from fedllm.plan_memory import Geometry, Ranks
@@ -97,7 +98,8 @@ def test_checkpointing_keeps_the_layers_inputs(one_thread):
     found = saved_bytes(model, lambda: forward(model))
     shape = memory.geometry(model)
     layer = memory.layer_bytes(shape, RANK, WIDTH, 4, "eager")
-    assert memory.activation_bytes(shape, ROWS * WIDTH, layer, 4, checkpointing=True) - ROWS * WIDTH * layer == pytest.approx(found, rel=0.1)
+    inputs = memory.activation_bytes(shape, ROWS * WIDTH, layer, 4, checkpointing=True) - ROWS * WIDTH * layer
+    assert inputs == pytest.approx(found, rel=0.1)
 
 
 def test_next_token_tasks_keep_the_log_softmax(one_thread):
@@ -114,7 +116,7 @@ def test_codecs_are_as_large_as_planned(family, one_thread):
     """Every registered family: its code size and what it stores, from a layout alone."""
     shapes = {"A": (4, 300), "B": (200, 4)}
     layout = AdapterLayout.of((f"f{index}.lora_{side}", torch.zeros(shape)) for index in range(2) for side, shape in shapes.items())
-    size = None if family in ("autoencoder", "identity") else 24
+    size = None if family in FIXED_SIZE else {"powersgd": 1100}.get(family, 24)
     prior = from_public_gradients(layout, torch.randn(40, layout.size, generator=torch.Generator().manual_seed(1)))
     codec = codecs.CODECS[family].fit(prior, layout, size, 0.0, 0, steps=1)
     code = code_of(Config(codec=CodecConfig(family=family, code_size=size)), layout)
@@ -176,9 +178,9 @@ def test_deepspeed_files(tmp_path):
     assert read({"zero_optimization": full, "activation_checkpointing": {"x": 1}}) == Ranks(4, "data", 3, offload=True, checkpointing=True)
     assert read({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": 1e8}}).live == 10**8
     for wrong in ("{", "[]", {"zero_optimization": {"stage": 4}}, {"zero_optimization": 3}):
-        with pytest.raises(UserError, match="zero.json"):
+        with pytest.raises(UserError, match=r"zero\.json"):
             read(wrong)
-    with pytest.raises(UserError, match="no such file|No such file"):
+    with pytest.raises(UserError, match="No such file"):
         memory.read_deepspeed(tmp_path / "none.json", 1, "none")
 
 
