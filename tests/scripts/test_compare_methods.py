@@ -1,0 +1,104 @@
+"""scripts/compare_methods.sh and the reproduce_*.sh: a tiny grid to its end and again; which runs the papers' scripts begin."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedllm.config import load_config
+
+ROOT = Path(__file__).parents[2]
+PAPERS = ("dr_encoder", "cg_fedllm", "dp_lora", "dp_fedlora", "ew_tune")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """call(script, options...): a copy of a script, with this Python and in the place of `fedllm` what only writes down its calls."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "scripts" / "setup.sh").write_text("")
+    stand_ins = {
+        "python": f'PYTHONPATH={shlex.quote(str(ROOT))} OMP_NUM_THREADS=1 exec {shlex.quote(sys.executable)} "$@"',
+        "fedllm": 'printf "%s\\n" "$*" >> calls',
+    }
+    for name, line in stand_ins.items():
+        path = tmp_path / ".venv" / "bin" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{line}\n")
+        path.chmod(0o755)
+
+    def call(script, *options):
+        return subprocess.run(
+            ["bash", str(tmp_path / "scripts" / script), *options], cwd="/", env=dict(os.environ), capture_output=True, text=True
+        )
+
+    return call
+
+
+def test_quick_compares_and_the_second_call_trains_nothing(checkout, tmp_path):
+    done = checkout("compare_methods.sh", "--quick", "--only", "one")
+    assert done.returncode == 0, done.stderr
+    assert "tuning took 8 runs" in done.stderr
+    out = tmp_path / "runs" / "methods-quick"
+    assert all((out / "comparison" / name).stat().st_size > 0 for name in ("table.md", "table.json", "accuracy.png", "bytes.png"))
+    table = json.loads((out / "comparison" / "table.json").read_text())
+    rows = {row["variant"]: row for row in table["rows"]}
+    assert rows["one-dr_encoder-eps3"]["seeds"] == [1, 2] and 2.9 < rows["one-dr_encoder-eps3"]["epsilon_release"] <= 3
+    assert rows["one-full_noise-inf"]["accuracy"] == rows["one-fedit-inf"]["accuracy"] and rows["one-fedit-inf"]["epsilon_release"] is None
+    assert rows["one-full_noise-eps3"]["difference"]["half_width"] >= 0 and rows["two-dr_encoder-eps3"]["seeds"] == []
+    chosen = {entry["chosen"] for entry in table["tuned"]["choices"].values()}
+    assert chosen <= {0.01, 0.03}
+    ledgers = {path: path.read_bytes() for path in out.glob("*/ledger.jsonl")}
+    assert len(ledgers) == 8 + 4 * 2
+
+    again = checkout("compare_methods.sh", "--quick", "--only", "one")
+    assert again.returncode == 0 and again.stdout == done.stdout
+    assert ledgers == {path: path.read_bytes() for path in out.glob("*/ledger.jsonl")}
+    shutil.rmtree(out / "one")
+    report = checkout("compare_methods.sh", "--quick", "--report")  # from results/ and runs/, without training
+    assert report.returncode == 0 and report.stdout == done.stdout
+
+
+def test_wrong_options(checkout):
+    for script in ("compare_methods.sh", "reproduce_dp_lora.sh"):
+        done = checkout(script, "--frob")
+        assert done.returncode == 2 and "unknown option --frob" in done.stderr
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_the_papers_runs_have_configs_that_hold_together(checkout, tmp_path, paper):
+    done = checkout(f"reproduce_{paper}.sh", "--quick")
+    assert done.returncode == 0, done.stderr
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    configs = [load_config(tmp_path / call[1], call[2:]) for call in calls if call[0] == "train"]
+    folders = [config.output_dir for config in configs]
+    assert len(set(folders)) == len(calls) >= 3 and all(folder.startswith(f"runs/reproduce/{paper}-quick/") for folder in folders)
+    if paper == "ew_tune":
+        edgeworth, prv = configs[:2]
+        assert edgeworth.privacy.target.epsilon > prv.privacy.target.epsilon == 8
+    else:
+        assert {"fedit", f"{paper}:published"} <= {config.method for config in configs}
+        assert any(config.method == paper for config in configs)
+    assert done.stdout.strip().endswith("no finished run yet")
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import reproduce_table
+
+    return reproduce_table
+
+
+def test_a_gain_smaller_than_the_spread_of_seeds_is_told_as_that(table):
+    def runs(gains):
+        better = {f"EW-seed{seed}": {"accuracy": 0.9 + 0.01 * gain} for seed, gain in enumerate(gains)}
+        return better | {f"PRV-seed{seed}": {"accuracy": 0.9} for seed in range(len(gains))}
+
+    assert "within the noise of reseeding" in table.reseeding(runs([1, -1, 1.5]))
+    assert "more than the noise of reseeding" in table.reseeding(runs([1, 1.1, 0.9]))

@@ -1,0 +1,114 @@
+"""scripts/grid*.py: axes to variants, what is trained once for several, the public choice of a learning rate."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+AXES = {
+    "task": {"one": ["task.source=one"], "two": ["task.source=two"]},
+    "method": {"dp_lora": ["method=dp_lora"], "fedit": ["method=fedit"], "unheard_of": ["method=unheard_of"]},
+    "budget": {"eps3": ["privacy.target.epsilon=3"], "inf": ["privacy.enabled=false"]},
+}
+TUNE = {
+    "axis": "task",
+    "key": "federation.server.lr",
+    "values": [0.01, 0.1],
+    "seed": 11,
+    "tasks": {"third": {"for": ["one", "two"], "overrides": ["task.source=three"]}},
+}
+GRID = {"out": "runs/x", "seeds": [1], "reference": "fedit/inf", "axes": AXES, "skip": ["fedit/eps3"], "same": {"dp_lora/inf": "fedit/inf"}}
+
+
+@pytest.fixture
+def axes(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import grid_axes
+
+    yield grid_axes
+    for name in ("grid_axes", "grid_report", "grid"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def load(axes, tmp_path):
+    def get(**changes):
+        (tmp_path / "grid.yaml").write_text(yaml.safe_dump(GRID | changes, sort_keys=False))
+        return axes.load_grid(tmp_path / "grid.yaml")
+
+    return get
+
+
+def test_every_combination_but_what_is_skipped_or_unknown(load, capsys):
+    grid = load()
+    assert list(grid["variants"]) == [f"{task}-{rest}" for task in ("one", "two") for rest in ("dp_lora-eps3", "dp_lora-inf", "fedit-inf")]
+    assert grid["variants"]["two-dp_lora-eps3"] == ["task.source=two", "method=dp_lora", "privacy.target.epsilon=3"]
+    assert capsys.readouterr().err == "grid: no method unheard_of here; left out\n"
+
+
+def test_what_is_the_same_is_trained_once_and_compared_within_its_task(axes, load):
+    grid = load()
+    assert axes.chosen(grid, []) == ["one-dp_lora-eps3", "one-fedit-inf", "two-dp_lora-eps3", "two-fedit-inf"]
+    assert axes.chosen(grid, ["two"]) == ["two-dp_lora-eps3", "two-fedit-inf"]
+    assert axes.chosen(grid, ["one-dp_lora-inf"]) == ["one-fedit-inf"]
+    assert axes.reference_of(grid, "two-dp_lora-eps3") == "two-fedit-inf"
+    with pytest.raises(SystemExit, match="--only nobody"):
+        axes.chosen(grid, ["nobody"])
+
+
+def test_a_grid_extends_another_axis_by_axis(axes, load, tmp_path):
+    load()
+    larger = {"extends": "grid.yaml", "axes": {"budget": {"eps8": []}}, "skip": [], "same": {}}
+    (tmp_path / "larger.yaml").write_text(yaml.safe_dump(larger))
+    grid = axes.load_grid(tmp_path / "larger.yaml")
+    assert list(grid["variants"]) == ["one-dp_lora-eps8", "one-fedit-eps8", "two-dp_lora-eps8", "two-fedit-eps8"]
+
+
+def test_the_best_value_on_another_task_is_chosen_once_for_all_its_tasks(axes, load):
+    trained = {}
+
+    def run(name, overrides, seed):
+        assert seed == 11 and "task.source=three" in overrides and not {"task.source=one", "task.source=two"} & set(overrides)
+        value = float(overrides[-1].partition("=")[2])
+        trained[name] = {"accuracy": 0.7, "loss": 0.5 if value == 0.1 else 0.6, "seconds": {"total": 5}}
+        if "fedit" in name:
+            trained[name]["accuracy"] = 0.9 if value == 0.01 else 0.8
+        return trained[name]
+
+    tuning = axes.Tuning(load(tune=TUNE), run, lambda name, seed: trained.get(name))
+    assert tuning.choose("one-dp_lora-eps3", train=False) == []
+    assert tuning.choose("one-dp_lora-eps3", train=True) == ["federation.server.lr=0.1"]  # as accurate, less loss
+    assert tuning.choose("one-fedit-inf", train=True) == ["federation.server.lr=0.01"]
+    assert tuning.choose("two-fedit-inf", train=False) == ["federation.server.lr=0.01"]
+    report = tuning.report()
+    assert (report["runs"], report["seconds"]) == (4, 20)
+    assert report["choices"]["tune-third-fedit-inf"]["for"] == ["one-fedit-inf", "two-fedit-inf"]
+
+
+@pytest.mark.parametrize("name", ["methods", "methods_full"])
+def test_every_cell_of_the_method_grids_is_a_config_that_is_tuned_on_other_text(axes, name):
+    from fedllm.config import load_config
+
+    grid = axes.load_grid(ROOT / "configs" / "grids" / f"{name}.yaml")
+    tuning = axes.Tuning(grid, None, None)
+    for cell in axes.chosen(grid, ["dr_encoder", "fedit"] if name == "methods_full" else []):
+        config = load_config(ROOT / grid["config"], [*grid["common"], *grid["variants"][cell]])
+        assert len({value for value in tuning.trials(cell)}) == 3
+        for _, overrides in list(tuning.trials(cell).values())[:1]:
+            trial = load_config(ROOT / grid["config"], [*grid["common"], *overrides])
+            assert config.task.source not in (trial.task.source, trial.task.public)
+            assert (trial.method, trial.federation.expected_cohort) == (config.method, config.federation.expected_cohort)
+            assert (trial.privacy.enabled, trial.privacy.target.epsilon) == (config.privacy.enabled, config.privacy.target.epsilon)
+
+
+def test_an_untrained_head_is_another_one_with_another_seed(axes):
+    import grid
+
+    from fedllm.schema import Config
+
+    one, two = Config(seed=1), Config(seed=2)
+    assert grid.untrained(one) == grid.untrained(two)
+    one.task.kind = two.task.kind = "classify"
+    assert grid.untrained(one) != grid.untrained(two)
