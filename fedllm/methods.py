@@ -41,6 +41,7 @@ def register(method: Method) -> Method:
 
 NO_CODEC = {"codec.family": "identity", "codec.code_size": None}
 UNSHRUNK = {"codec.shrink": False, "codec.bits": 32}  # what arrives is averaged as it is
+FEDAVG = {"federation.server.optimizer": "fedavg", "federation.server.lr": 1.0, "federation.server.schedule": "constant"}
 PER_MATRIX = "sigma = C sqrt(2 ln(1.25/delta))/epsilon for each matrix in each round; matrices, rounds and replacement are not composed"
 
 register(Method("dr_encoder", "code, clip, noise in the code, decode the mean once (arXiv 2412.17053, corrected)"))
@@ -122,13 +123,12 @@ register(
 register(
     Method(
         "dp_fedlora:published",
-        "every matrix of the adapter itself, not of its change, clipped and noised apart (arXiv 2509.09097)",
+        "every matrix of the adapter itself, not of its change, clipped and noised apart, then stacked (arXiv 2509.09097)",
         NO_CODEC
         | UNSHRUNK
+        | FEDAVG
         | {
-            "federation.server.optimizer": "sgd",
-            "federation.server.lr": 1.0,
-            "federation.server.schedule": "constant",
+            "federation.aggregation": "stack",
             "privacy.noise": "local",
             "privacy.clip.groups": "matrix",
             "privacy.clip.of": "state",
@@ -138,6 +138,28 @@ register(
     )
 )
 register(Method("ffa_lora", "A stays at its start: exact averaging, half the upload (arXiv 2403.12313)", NO_CODEC | {"lora.train": "b"}))
+register(
+    Method(
+        "fed_sb",
+        "r x r numbers between fixed A and B of public gradients: exact averaging (arXiv 2502.15436)",
+        NO_CODEC | {"lora.train": "core", "lora.init": "public"},
+    )
+)
+EXACT_PRODUCT = NO_CODEC | FEDAVG | {"privacy.noise": "local"}
+register(
+    Method(
+        "flora",
+        "clients' products stacked into the frozen weights, each message noised for itself (arXiv 2409.05976)",
+        EXACT_PRODUCT | {"federation.aggregation": "stack"},
+    )
+)
+register(
+    Method(
+        "fedex_lora",
+        "A and B averaged, what the average misses put into the frozen weights (arXiv 2410.09432)",
+        EXACT_PRODUCT | {"federation.aggregation": "residual"},
+    )
+)
 register(
     Method(
         "anadp",
