@@ -123,12 +123,12 @@ register(
 register(
     Method(
         "dp_fedlora:published",
-        "every matrix of the adapter itself, not of its change, clipped and noised apart, then stacked (arXiv 2509.09097)",
+        # Averaged, as in the paper's experiments; it describes stacking too: federation.aggregation=stack.
+        "every matrix of the adapter itself, not of its change, clipped and noised apart (arXiv 2509.09097)",
         NO_CODEC
         | UNSHRUNK
         | FEDAVG
         | {
-            "federation.aggregation": "stack",
             "privacy.noise": "local",
             "privacy.clip.groups": "matrix",
             "privacy.clip.of": "state",
