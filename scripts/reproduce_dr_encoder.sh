@@ -5,7 +5,7 @@ source "$(dirname "$0")/reproduce_common.sh"
 sized configs/classify.yaml seed=1 task.source=reuters-r8 federation.clients=1370 federation.rounds=8 federation.server.lr=5e-3 \
     task.eval_examples=1000 task.monitor_examples=20 task.max_length=40
 run no-privacy method=fedit
-run published method=dr_encoder:published
+run published method=dr_encoder:published codec.fit_at=server
 run corrected-autoencoder codec.family=autoencoder codec.code_size=null codec.prior=moments codec.fit_at=server
 [ "$size" = full ] || run corrected-linear method=dr_encoder
 run no-encoder method=full_noise codec.refresh=3

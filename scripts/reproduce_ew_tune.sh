@@ -8,6 +8,7 @@ seeds=(1 2 3 4 5)
 [ "$size" = quick ] || "$python" scripts/reproduce_ew_tune.py
 sized configs/classify.yaml task.source=reuters-r8 federation.clients=1370 federation.rounds=8 federation.server.lr=5e-3 \
     task.eval_examples=1000 task.monitor_examples=20 task.max_length=40 codec.refresh=3 federation.unit_sampling_rate=0.0730
+[ "$size" = quick ] && common+=(federation.unit_sampling_rate=0.1)
 if [ "$size" = full ]; then  # SST-2, the smallest of its tasks; RoBERTa-base, clip 10, batches of 2000 of 67,349, 20 epochs
     config=configs/classify.yaml
     common=(model.name=FacebookAI/roberta-base task.source=stanfordnlp/sst2 task.columns.text=sentence federation.rounds=660

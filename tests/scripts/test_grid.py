@@ -88,12 +88,13 @@ def test_the_best_value_on_another_task_is_chosen_once_for_all_its_tasks(axes, l
 
 
 @pytest.mark.parametrize("name", ["methods", "methods_full"])
-def test_every_cell_of_the_method_grids_is_a_config_that_is_tuned_on_other_text(axes, name):
+def test_cells_of_the_method_grids_are_configs_tuned_on_other_text(axes, name):
     from fedllm.config import load_config
 
     grid = axes.load_grid(ROOT / "configs" / "grids" / f"{name}.yaml")
     tuning = axes.Tuning(grid, None, None)
-    for cell in axes.chosen(grid, ["dr_encoder", "fedit"] if name == "methods_full" else []):
+    names = axes.chosen(grid, [])
+    for cell in names[:: len(names) // 9]:  # of every task and most methods; a config takes a third of a second
         config = load_config(ROOT / grid["config"], [*grid["common"], *grid["variants"][cell]])
         assert len({value for value in tuning.trials(cell)}) == 3
         for _, overrides in list(tuning.trials(cell).values())[:1]:
