@@ -7,8 +7,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from fedllm.combinations import AGGREGATIONS, SERVER_OPTIMIZERS, refuse_scaffold
 from fedllm.errors import UserError
-from fedllm.methods import AGGREGATIONS, SERVER_OPTIMIZERS, apply_method, check_combination, refuse_scaffold
+from fedllm.methods import apply_method, check_method
 from fedllm.schema import Config
 from fedllm.validate import in_range, one_of
 
@@ -63,7 +64,7 @@ def check_keys(given: Any, schema: type, where: str, prefix: str = "") -> None:
 
 
 def check(config: Config) -> None:
-    """Raise UserError for a value out of range or a combination that makes no sense: the one allow-list."""
+    """Raise UserError for a value out of range, or a combination that makes no sense (combinations.py)."""
     fed, privacy, codec, task = config.federation, config.privacy, config.codec, config.task
     one_of("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
     one_of("task.kind", task.kind, ("labels", "classify", "text"))
@@ -143,7 +144,7 @@ def check(config: Config) -> None:
             raise UserError(f"task.public: expected a source of public text for codec.prior={codec.prior}, got null")
         if privacy.enabled and norm == "auto":
             raise UserError("privacy.clip.norm=auto: expected task.public to take it from, or a number")
-    check_combination(config)
+    check_method(config)
 
 
 def save_config(config: Config, path: Path) -> None:

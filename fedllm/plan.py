@@ -17,10 +17,10 @@ from dr_encoder.codecs.chain import WIDER
 from dr_encoder.layout import AdapterLayout
 from fedllm import plan_memory as memory
 from fedllm.codec_fit import MOST_AUTO, SIGNAL_SHARE
+from fedllm.combinations import held_out_rows
 from fedllm.errors import UserError
 from fedllm.evaluation import downlink_bytes, message_bytes
 from fedllm.formats import bytes_text
-from fedllm.methods import held_out_rows
 from fedllm.models import empty_model
 from fedllm.plan_privacy import group_count, needs, noise_to_signal, planned_sums, privacy_of
 from fedllm.release import PrivateSum

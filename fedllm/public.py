@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedllm.combinations import held_out_rows
 from fedllm.errors import UserError
-from fedllm.methods import held_out_rows
 from fedllm.schema import Config
 from fedllm.server import ServerOptimizer
 from fedllm.setting import Setting

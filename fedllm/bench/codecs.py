@@ -18,9 +18,9 @@ from dr_encoder.priors import GaussianPrior, factor_rms, from_moments
 from dr_encoder.quantize import dtype_of
 from fedllm import priors, public
 from fedllm.bench.scores import Cohorts, Score, add, add_oracle, stored_bytes
+from fedllm.combinations import FIXED_SIZE, FREE_OF_PRIOR, PRIORS_OF, ROW_PARTS, ROWS
 from fedllm.errors import UserError
 from fedllm.federation import public_seed
-from fedllm.methods import FIXED_SIZE, FREE_OF_PRIOR, PRIORS_OF, ROW_PARTS, ROWS
 from fedllm.monitor import Phase
 from fedllm.privacy.events import sum_multiplier
 from fedllm.run import calibrate, resolve

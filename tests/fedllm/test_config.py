@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from fedllm.combinations import AGGREGATIONS, SERVER_OPTIMIZERS, fit_rows, held_out_rows
 from fedllm.config import Config, check_keys, load_config, save_config
 from fedllm.errors import UserError
-from fedllm.methods import AGGREGATIONS, METHODS, SERVER_OPTIMIZERS, fit_rows, held_out_rows
+from fedllm.methods import METHODS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EXAMPLE = ["privacy.unit=example", "federation.unit_sampling_rate=0.5"]
+PLAIN_AVERAGE = "expected federation.server.optimizer=fedavg, lr=1 and schedule=constant"
 PRODUCT = ["federation.server.optimizer=fedavg", "federation.server.lr=1", "privacy.noise=local"]
 USER = ["privacy.unit=user", "task.columns.user=user", "federation.unit_sampling_rate=0.5"]
 
@@ -269,12 +271,16 @@ COMBINATIONS = [
     ([*PRODUCT, "federation.aggregation=stack", "lora.train=b"], "federation.aggregation=stack: expected lora.train=both, not b"),
     ([*PRODUCT, "federation.aggregation=residual", "lora.train=core"], "federation.aggregation=residual: expected lora.train=both"),
     (
+        [*PRODUCT, "federation.aggregation=stack", "federation.server.schedule=linear"],
+        f"federation.aggregation=stack: {PLAIN_AVERAGE} (here fedavg, 1, linear)",
+    ),
+    (
         [*PRODUCT, "federation.aggregation=stack", "federation.server.lr=0.5"],
-        "federation.aggregation=stack: expected federation.server.optimizer=fedavg and federation.server.lr=1 (here fedavg, 0.5)",
+        f"federation.aggregation=stack: {PLAIN_AVERAGE} (here fedavg, 0.5, constant)",
     ),
     (
         [*PRODUCT, "federation.aggregation=residual", "federation.server.optimizer=adam"],
-        "federation.aggregation=residual: expected federation.server.optimizer=fedavg and federation.server.lr=1 (here adam, 1)",
+        f"federation.aggregation=residual: {PLAIN_AVERAGE} (here adam, 1, constant)",
     ),
     (
         [*PRODUCT, "federation.aggregation=residual", "privacy.noise=distributed"],

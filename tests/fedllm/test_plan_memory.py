@@ -11,8 +11,8 @@ from dr_encoder.codecs.autoencoder import required_code_size
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import from_public_gradients
 from fedllm import plan_memory as memory
+from fedllm.combinations import FIXED_SIZE
 from fedllm.errors import UserError
-from fedllm.methods import FIXED_SIZE
 from fedllm.models import add_adapter
 from fedllm.plan import code_of
 from fedllm.plan_memory import Geometry, Ranks
