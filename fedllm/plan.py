@@ -193,7 +193,7 @@ def bytes_of(config: Config, sums: list[PrivateSum], update_size: int, code: Cod
     """
     last, message = sums[-1], message_bytes(sums[-1])
     fetched = code.stored if config.codec.fit_at == "server" else 0
-    same, new = (downlink_bytes(torch.empty(update_size), fetched, last.unit, refitted) for refitted in (False, True))
+    same, new = (downlink_bytes({"adapter": torch.empty(update_size)}, fetched, last.unit, refitted) for refitted in (False, True))
     refits = refit_count(config)
     down = round((new * refits + same * (config.federation.rounds - refits)) / config.federation.rounds)
     senders = last.expected if last.unit == "client" else last.clients
