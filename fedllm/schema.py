@@ -70,10 +70,10 @@ class LocalConfig:
 class ServerConfig:
     optimizer: str = "adam"  # sgd | momentum | adam | adagrad | yogi | fedavg | fedavgm | fedadam | fedadagrad | fedyogi
     lr: float = 1e-3
-    schedule: str = "constant"  # constant | linear (down to lr / rounds in the last round)
     momentum: float = 0.9
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     tau: float = 1e-8  # adaptive ones: added to the root of the second moment; Reddi et al. take 1e-3 for weight deltas
+    schedule: str = "constant"  # constant | linear (down to lr / rounds in the last round)
 
 
 @dataclass
