@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from dr_encoder.layout import AdapterLayout
+from fedllm.adapters import add_adapter
 from fedllm.data.batches import make_batches
-from fedllm.models import add_adapter
 from fedllm.schema import ServerConfig
 from fedllm.server import ServerOptimizer
 from fedllm.training.engine import Encoded, TorchEngine

@@ -54,7 +54,7 @@ def kept(stacked: torch.Tensor, basis: torch.Tensor) -> float:
     return float((stacked @ basis.double().T).square().sum() / most)
 
 
-@pytest.mark.parametrize(("oversampling", "least"), [(4, 0.999), (0, 0.97)])  # 16 or 20 directions, or 8
+@pytest.mark.parametrize(("oversampling", "least"), [(4, 0.999), (0, 0.9)])  # all of 16 or 20 of 32 directions; 8
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_the_factors_span_what_public_gradients_span(kind, oversampling, least, public, monkeypatch):
     monkeypatch.setattr(starts, "OVERSAMPLING", oversampling)

@@ -12,7 +12,7 @@ SIZE, ROUNDS = 7, 6
 
 
 def config(name: str) -> ServerConfig:
-    return ServerConfig(name, LR, MOMENTUM, [FIRST, SECOND], TAU)
+    return ServerConfig(name, LR, momentum=MOMENTUM, betas=[FIRST, SECOND], tau=TAU)
 
 
 def updates() -> list[torch.Tensor]:
