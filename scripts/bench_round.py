@@ -115,7 +115,7 @@ class Bench:
         config = self.configs[name]
         folder = Path(config.output_dir)
         folder.mkdir(parents=True)
-        header = ledger_header(config, new_run_id(config), self.setting, calibrate(config, self.setting))
+        header = ledger_header(config, new_run_id(config), self.setting, calibrate(config, self.setting.partition.unit_count, 1))
         ledger = Ledger.create(folder / "ledger.jsonl", header)
         monitor = Monitor(folder, config.federation.rounds, quiet=True)
         federation = Federation(config, self.setting, ledger, Checkpoints(folder / "checkpoints"), monitor, Stopwatch())

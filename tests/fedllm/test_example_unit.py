@@ -19,6 +19,7 @@ from fedllm.privacy.clipping import clip_units
 from fedllm.privacy.ledger import read_ledger
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
+from fedllm.schema import Config
 from fedllm.server import noisy_mean
 from fedllm.setting import build
 from fedllm.stopwatch import Stopwatch
@@ -67,10 +68,7 @@ def test_every_example_is_in_the_sample_by_its_own_coin():
 
     engine = SimpleNamespace(layout=SimpleNamespace(size=2), updates=updates, batches=lambda data, units: [units[::2], units[1::2]])
     setting = SimpleNamespace(partition=partition, train=Encoded([[1]] * records, np.zeros(records)), engine=engine)
-    config = SimpleNamespace(
-        federation=SimpleNamespace(local=SimpleNamespace(steps=1, lr=1.0)), codec=SimpleNamespace(error_feedback=False)
-    )
-    simulation = Simulation(setting, config, Noise(seed=1), Stopwatch())
+    simulation = Simulation(setting, Config(), Noise(seed=1), Stopwatch())
     for number in range(rounds):
         assert len(list(simulation.messages(spec(2, clients, rate, records, round=number), same))) == clients
     counts, sizes = taken.sum(0), taken.sum(1)
