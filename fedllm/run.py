@@ -162,9 +162,13 @@ def fingerprint(config: Config) -> str:
 
 
 def population(config: Config) -> str:
-    """16 hex digits over what makes a unit the same unit in two runs: the split into held-out and private data, and the partition."""
+    """16 hex digits over what makes a unit the same unit in two runs: the split into held-out and private data, and the partition.
+
+    A user or an example is the same one whichever client holds it: the partition then says nothing.
+    """
     task = config.task
-    made_of = [task.test, task.eval_examples, dataclasses.asdict(task.columns), dataclasses.asdict(config.federation.partition)]
+    partition = dataclasses.asdict(config.federation.partition) if config.privacy.unit == "client" else None
+    made_of = [task.test, task.eval_examples, dataclasses.asdict(task.columns), partition]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 

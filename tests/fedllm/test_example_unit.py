@@ -183,3 +183,11 @@ def test_one_client_alone_trains_and_its_adapter_reloads(tiny, configured, tmp_p
         reloaded = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()(ids).logits
     assert torch.allclose(reloaded, trained, atol=1e-5) and (trained - untrained).abs().max() > 0.1
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+
+
+def test_an_example_is_the_same_one_whoever_holds_it(configured):
+    """What `privacy report` composes by; for clients the split decides who is who."""
+    column = ["federation.partition.kind=column", "task.columns.user=user"]
+    iid = ["federation.partition.kind=iid", "task.columns.user=user"]
+    assert run.population(configured("a", *EXAMPLES, *iid)) == run.population(configured("b", *EXAMPLES, *column))
+    assert run.population(configured("c", *iid)) != run.population(configured("d", *column))

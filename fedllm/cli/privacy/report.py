@@ -131,8 +131,9 @@ def _reasons(header: dict[str, Any]) -> list[str]:
 
 
 def _population(header: dict[str, Any]) -> str:
-    """What two ledgers must share for their costs to fall on the same units."""
-    return json.dumps([header["data"], header["unit"], header["clients"], header.get("units"), header.get("population")], sort_keys=True)
+    """What two ledgers must share for their costs to fall on the same units: users and examples may be dealt to other clients."""
+    clients = header["clients"] if header["unit"] == "client" else None
+    return json.dumps([header["data"], header["unit"], clients, header.get("units"), header.get("population")], sort_keys=True)
 
 
 def report_rows(report: dict[str, Any]) -> list[list[str] | None]:

@@ -166,6 +166,19 @@ def test_runs_on_the_same_data_are_composed(ledger_folder, capsys):
     assert both["server"]["epsilon"] == pytest.approx(six["server"]["epsilon"])
 
 
+@pytest.mark.parametrize("unit", ["user", "example"])
+def test_units_inside_clients_are_the_same_in_other_clients(unit, ledger_folder, capsys):
+    """An example pays for both runs whoever holds it; a client of another federation is another client."""
+    inside = {"unit": unit, "units": 6000}
+    folders = [ledger_folder(str(clients), entry={"unit": unit, "max_cohort": None}, clients=clients, **inside) for clients in (1, 10)]
+    both = report(capsys, *folders)["composed"]
+    assert len(both) == 1 and both[0]["stage2_releases"] == 6
+    strangers = (ledger_folder("a"), ledger_folder("b", clients=1000))
+    assert cli.run(["privacy", "report", *map(str, strangers), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["composed"] == [] and "not composed" in err
+
+
 def test_composition_states_the_smallest_delta(ledger_folder, capsys):
     target = HEADER["target"] | {"delta": 1e-6}
     found = report(capsys, ledger_folder("a"), ledger_folder("b", target=target))
