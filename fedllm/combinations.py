@@ -29,6 +29,7 @@ PRIORS_OF = {
 CHAINS = (("coordinate", "allocation", "kronecker"), ("linear", "coordinate"))  # what may stand first and second in codec.parts
 FIXED_SIZE = ("autoencoder", "identity", "allocation")  # families that fix the code's size
 FREE_OF_PRIOR = ("sketch", "identity", "topk", "powersgd")
+NOT_ORTHONORMAL = ("autoencoder", "allocation")  # noise before such an encoder is another noise in the code than what the server adds
 NOT_SUMMABLE = ("topk", "powersgd")  # a code stands for its own update alone: no sum of codes, hence no privacy
 
 SERVER_OPTIMIZERS = ("sgd", "momentum", "adam", "adagrad", "yogi", "fedavg", "fedavgm", "fedadam", "fedadagrad", "fedyogi")
@@ -98,10 +99,11 @@ def check_combination(config: Config, published: bool) -> None:
             )
         if privacy.noise_in == "update" or privacy.clip.mode == "adaptive":
             raise UserError("codec.decode=each: expected privacy.noise_in=code and privacy.clip.mode=fixed")
-    if privacy.enabled and privacy.noise_in == "update" and codec.family == "autoencoder":
+    bent = [name for name in (codec.parts if codec.family == "chain" else [codec.family]) if name in NOT_ORTHONORMAL]
+    if privacy.enabled and privacy.noise_in == "update" and bent:
         raise UserError(
-            "privacy.noise_in=update: expected code with codec.family=autoencoder; a nonlinear encoder of noisy updates "
-            "does not commute with the sum, so only the per-message guarantee would hold"
+            f"privacy.noise_in=update: expected code with codec.family={codec.family}; {bent[0]} is no orthonormal code, so it can "
+            "lengthen a clipped update, and the noise that the server adds for absent shares would be too little"
         )
     if privacy.enabled and privacy.clip.mode == "adaptive" and privacy.noise_in == "update":
         raise UserError("privacy.clip.mode=adaptive: expected fixed with privacy.noise_in=update")

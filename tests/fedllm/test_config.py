@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from fedllm.combinations import AGGREGATIONS, SERVER_OPTIMIZERS, fit_rows, held_out_rows
+from dr_encoder.codecs import CODECS
+from fedllm.combinations import AGGREGATIONS, CHAINS, SERVER_OPTIMIZERS, fit_rows, held_out_rows
 from fedllm.config import Config, check_keys, load_config, save_config
 from fedllm.errors import UserError
 from fedllm.methods import METHODS
@@ -209,6 +211,20 @@ RANGES = [
 ]  # fmt: skip
 
 
+def test_what_noises_the_update_is_orthonormal(empty):
+    """The noise of absent shares and the sensitivity are those of the code only where encoding keeps lengths and noise as they are."""
+    update = ["privacy.noise_in=update"]
+    for name, codec in CODECS.items():
+        if codec.summable and not codec.orthonormal and name != "chain":
+            assert "expected code" in refusal(empty, *update, f"codec.family={name}", "codec.code_size=null")
+    for first, second in itertools.product(*CHAINS):
+        overrides = [*update, "codec.family=chain", f"codec.parts=[{first},{second}]"]
+        if CODECS[first].orthonormal and CODECS[second].orthonormal:
+            load_config(empty, overrides)
+        else:
+            assert "expected code" in refusal(empty, *overrides)
+
+
 @pytest.mark.parametrize(("key", "value"), RANGES)
 def test_a_value_out_of_range_names_key_and_range(key, value, empty):
     said = refusal(empty, f"{key}={value}")
@@ -223,6 +239,8 @@ COMBINATIONS = [
     (["codec.family=linear", "codec.prior=none"], "codec.prior=none: expected one of public[+released][+random], moments"),
     (["codec.code_size=129"], "codec.code_size=129: expected at most 128"),
     (["codec.family=autoencoder", "codec.code_size=null", "privacy.noise_in=update"], "privacy.noise_in=update: expected code"),
+    (["codec.family=allocation", "codec.code_size=null", "privacy.noise_in=update"], "privacy.noise_in=update: expected code"),
+    (["codec.family=chain", "codec.parts=[allocation,linear]", "privacy.noise_in=update"], "privacy.noise_in=update: expected code"),
     (["codec.prior=public+moments"], "codec.prior=public+moments: expected one of"),
     (["codec.fit_at=client", "codec.prior=moments"], "codec.fit_at=client: expected server with codec.prior=moments"),
     (["codec.fit_at=client", "codec.prior=public+released"], "codec.fit_at=client: expected server with codec.prior=public+released"),
