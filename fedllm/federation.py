@@ -314,7 +314,7 @@ class Federation:
             codec=codec,
             prior=prior,
             size=size,
-            clip=clip if config.privacy.enabled else float("inf"),
+            clip=clip if config.privacy.enabled and not raw else float("inf"),
             noise=config.privacy.noise,
             noise_in=noise_in,
             noise_multiplier=multiplier if config.privacy.enabled else 0.0,

@@ -256,6 +256,7 @@ def test_raw_moments_leave_no_epsilon(once):
         *[("raw_moments", False)] * 2,
         *[("gaussian_each", True)] * 3,
     ]
+    assert [entry["clip"] is None for entry in entries] == [True, True, False, False, False]  # what is not clipped is not said to be
     for answer in (adversaries.epsilon_release(header, entries), adversaries.epsilon_server(header, entries)):
         assert answer.epsilon is None and "raw moments" in answer.reason
 
