@@ -34,7 +34,7 @@ SIGNAL = (
     "the default share is the one `codec.code_size: auto` takes, measured on public text"
 )
 HINTS = {
-    "weights": "divide them: ZeRO 3 with parallel.mode=data, or model.dtype=bfloat16",
+    "weights": "model.dtype=bfloat16, or ZeRO 3 with parallel.mode=data",
     "activations": "a smaller engine.batch_tokens, or activation checkpointing",
     "working": "a smaller engine.batch_tokens",
     "codec": "codec.family=kronecker stores little, or a smaller codec.code_size",
@@ -302,8 +302,10 @@ def too_large(held: dict[str, Any]) -> list[str]:
     if held["fits"] is not False:
         return []
     more = {"updates": held["public_gradients"], "codec": held["codec_fitting"]}
-    largest = max(HINTS, key=lambda part: held[part] + more.get(part, 0))
-    line = f"{bytes_text(held['total'])} on a rank do not fit into {bytes_text(held['limit'])}; most is {largest}: {HINTS[largest]}"
+    sizes = {part: held[part] + more.get(part, 0) for part in HINTS}
+    first, second = sorted(HINTS, key=sizes.get, reverse=True)[:2]
+    named = "; ".join(f"{part} {bytes_text(sizes[part])} ({HINTS[part]})" for part in (first, second))
+    line = f"{bytes_text(held['total'])} on a rank do not fit into {bytes_text(held['limit'])}; most are {named}"
     if held["model_alone"] <= held["limit"]:
-        line += f" (weights, activations and gradients alone, {bytes_text(held['model_alone'])}, do fit: the rest may stay in host memory)"
+        line += f"; weights, activations and gradients alone, {bytes_text(held['model_alone'])}, do fit: the rest may stay in host memory"
     return [line]

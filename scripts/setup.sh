@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv and installs the project with its tests' tools. Does nothing where that is already done.
+# Makes .venv and installs the project with its tests' tools, and the extras named (setup.cfg). Does nothing where that is already done.
+#   bash scripts/setup.sh [EXTRA ...]      for example: bash scripts/setup.sh eval
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,7 +16,8 @@ find_python() {
     exit 1
 }
 
-stamp=.venv/installed.sha256
+extras=$(IFS=,; echo "dev${*:+,$*}")
+stamp=.venv/installed-$extras.sha256
 wanted=$(cat setup.cfg pyproject.toml constraints.txt scripts/setup.sh | sha256sum | cut -d' ' -f1)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && .venv/bin/python -c '' 2>/dev/null; then
     exit 0
@@ -30,5 +32,5 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 # --no-compile: Python compiles what is imported, when it is; compiling all of torch and scipy takes half a minute.
 install=(.venv/bin/python -m pip install -qq --no-compile -c constraints.txt)
 "${install[@]}" setuptools
-"${install[@]}" --no-build-isolation -e '.[dev]'
+"${install[@]}" --no-build-isolation -e ".[$extras]"
 echo "$wanted" > "$stamp"
