@@ -3,7 +3,7 @@
 # Arguments go to pytest: bash scripts/test.sh tests/fedllm/data -k partition
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/setup.sh ${CI:+eval}  # CI runs lm-eval too; elsewhere the tests that need it are skipped unless it is there
+bash scripts/setup.sh
 status=0
 .venv/bin/python -m ruff check . || status=1
 .venv/bin/python -m pytest "$@" || status=$?

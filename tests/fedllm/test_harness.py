@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fedllm import cli, harness
+from fedllm.adapters import save_adapter
 from fedllm.config import load_config, save_config
-from fedllm.models import load_model, save_adapter
+from fedllm.models import load_model
 
 FILES = Path(__file__).parent / "benchmark_tasks"
 LETTERS = "ABCD"
