@@ -76,10 +76,10 @@ class TorchEngine:
             where = slice(start, min(start + size, len(units)))
             yield where, (self._gradients(data, units[where]).mul_(lr) if steps == 1 else self._path(data, units[start], steps, lr, prox))
 
-    def batches(self, data: Encoded, units: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-        """Units of one example each, as many at a time as share a batch: an update need not be held longer than its batch lasts."""
+    def batches(self, data: Encoded, units: list[np.ndarray]) -> Iterator[np.ndarray]:
+        """Which units, of one example each, share a batch: their updates need not be held longer than it lasts."""
         for batch in make_batches([data.tokens[example] for (example,) in units], **self._batching):
-            yield [units[place] for place in batch.index]
+            yield batch.index
 
     def evaluate(self, data: Encoded, progress: Callable[[int], None] | None = None) -> Evaluation:
         """Mean loss and accuracy over all examples, adapter as loaded."""

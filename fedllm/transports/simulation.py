@@ -91,19 +91,33 @@ class Simulation:
             yield from zip(cohort[where].tolist(), some, strict=True)
 
     def _of_units(self, spec: PrivateSum, encode: Encode) -> Iterator[tuple[int, Tensor]]:
-        """Every client takes part and samples its own users or examples by Poisson; how many it took, it tells nobody."""
-        partition, engine = self.setting.partition, self.setting.engine
-        for client in range(spec.clients):
-            units = len(partition.unit_ids(client))
-            draws = self.noise.uniform((units,), purpose="units", stage=spec.stage, round=spec.round, client=client)
-            chosen = partition.units(client, np.flatnonzero(draws < spec.sampling_rate))
-            groups = engine.batches(self.setting.train, chosen) if spec.unit == "example" else [chosen]
-            length = engine.layout.size if spec.noise_in == "update" else spec.size
-            total = torch.zeros(length, dtype=torch.float64)
-            for group in groups:
-                for _, clipped in self._trained(group, lambda _, updates: unit_vectors(updates, encode, spec)):
-                    total += clipped.sum(0, dtype=torch.float64)
-            yield client, total
+        """Every client takes part and samples its own users or examples by Poisson; how many it took, it tells nobody.
+
+        Clients share batches here too, as many at a time as SLICE_BYTES hold sums of.
+        """
+        engine, train = self.setting.engine, self.setting.train
+        length = engine.layout.size if spec.noise_in == "update" else spec.size
+        size = max(1, SLICE_BYTES // (8 * length))
+
+        def vectors(_: slice, updates: Tensor) -> Tensor:
+            return unit_vectors(updates, encode, spec)
+
+        for start in range(0, spec.clients, size):
+            clients = range(start, min(start + size, spec.clients))
+            taken = [self._sampled(client, spec) for client in clients]
+            units = [unit for some in taken for unit in some]
+            row_of = torch.repeat_interleave(torch.tensor([len(some) for some in taken]))
+            totals = torch.zeros(len(clients), length, dtype=torch.float64)
+            for places in engine.batches(train, units) if spec.unit == "example" else [np.arange(len(units))]:
+                for where, clipped in self._trained([units[place] for place in places], vectors):
+                    totals.index_add_(0, row_of[places[where]], clipped.double())
+            yield from zip(clients, totals, strict=True)
+
+    def _sampled(self, client: int, spec: PrivateSum) -> list[np.ndarray]:
+        """The records of each unit that a client takes, by its own coin each."""
+        key = {"stage": spec.stage, "round": spec.round, "client": client}
+        draws = self.noise.uniform((len(self.setting.partition.unit_ids(client)),), purpose="units", **key)
+        return self.setting.partition.units(client, np.flatnonzero(draws < spec.sampling_rate))
 
     def _trained(self, records: list[np.ndarray], vectors: Callable[[slice, Tensor], Tensor]) -> Iterator[tuple[slice, Tensor]]:
         """Local training of units, and what their updates [some, n] become: (which units, `vectors` of them), a slice at a time."""

@@ -25,7 +25,7 @@ from fedllm.setting import build
 from fedllm.stopwatch import Stopwatch
 from fedllm.training.engine import Encoded
 from fedllm.transports.simulation import Simulation
-from tests.fedllm.runs import EXAMPLES, ONE_CLIENT, adapter_of, scalars, told
+from tests.fedllm.runs import EXAMPLES, ONE_CLIENT, USERS, adapter_of, scalars, told
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,7 +66,10 @@ def test_every_example_is_in_the_sample_by_its_own_coin():
         taken[number, [unit[0] for unit in units]] = True
         return iter(())
 
-    engine = SimpleNamespace(layout=SimpleNamespace(size=2), updates=updates, batches=lambda data, units: [units[::2], units[1::2]])
+    def halves(data, units):
+        return [np.arange(len(units))[::2], np.arange(len(units))[1::2]]
+
+    engine = SimpleNamespace(layout=SimpleNamespace(size=2), updates=updates, batches=halves)
     setting = SimpleNamespace(partition=partition, train=Encoded([[1]] * records, np.zeros(records)), engine=engine)
     simulation = Simulation(setting, Config(), Noise(seed=1), Stopwatch())
     for number in range(rounds):
@@ -109,6 +112,8 @@ def test_slices_and_chunks_change_nothing(simulation, monkeypatch):
     what = spec(size, made.setting.partition.clients, 0.5, len(made.setting.train))
     whole = noisy_mean(made.messages(what, same), what, made.noise)
     monkeypatch.setattr("fedllm.transports.simulation.SLICE_BYTES", 4 * size * 3)
+    assert torch.allclose(noisy_mean(made.messages(what, same), what, made.noise), whole, atol=1e-7)
+    monkeypatch.setattr("fedllm.transports.simulation.SLICE_BYTES", 8 * size)  # one client at a time
     assert torch.allclose(noisy_mean(made.messages(what, same), what, made.noise), whole, atol=1e-7)
     monkeypatch.setattr("fedllm.training.engine.CHUNK_BYTES", 4 * size * 7)
     assert torch.allclose(noisy_mean(made.messages(what, same), what, made.noise), whole, atol=1e-7)
@@ -191,3 +196,25 @@ def test_an_example_is_the_same_one_whoever_holds_it(configured):
     iid = ["federation.partition.kind=iid", "task.columns.user=user"]
     assert run.population(configured("a", *EXAMPLES, *iid)) == run.population(configured("b", *EXAMPLES, *column))
     assert run.population(configured("c", *iid)) != run.population(configured("d", *column))
+
+
+@pytest.mark.parametrize("unit", [EXAMPLES, USERS])
+def test_clients_share_batches_and_keep_their_own_sums(unit, simulation):
+    """Many clients of few units train at the speed of full batches; each message is the sum of its own client's units."""
+    made = simulation(*unit, "federation.unit_sampling_rate=0.9", "federation.clients=7")
+    engine = made.setting.engine
+    size = engine.layout.size
+    what = spec(size, 7, 0.9, len(made.setting.train), unit=unit[0].partition("=")[2], clip=1e6)
+    passes = []
+    engine.model.get_base_model().model.register_forward_hook(lambda *_: passes.append(1))
+    sent = [unpack(each, what.expects())[1] for each in made.messages(what, same)]
+    together = len(passes)
+    assert together < 4 and len(sent) == 7
+    alone = np.zeros((7, size))
+    for client in range(7):
+        units = made._sampled(client, what)
+        for _, updates in engine.updates(made.setting.train, units):
+            alone[client] += updates.double().sum(0).numpy()
+    assert len(passes) - together > 4  # what it would be client by client
+    np.testing.assert_allclose(sent, alone, atol=1e-5)
+    assert sum(row.any() for row in alone) > 4

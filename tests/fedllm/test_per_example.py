@@ -115,7 +115,7 @@ def test_rows_are_the_gradients_of_single_examples(kind, data):
 
 def test_batches_hold_every_unit_once_and_are_one_batch_each(kind, data):
     engine = make_engine(kind)
-    groups = list(engine.batches(data, EXAMPLES))
+    groups = [[EXAMPLES[place] for place in places] for places in engine.batches(data, EXAMPLES)]
     assert sorted(int(unit[0]) for group in groups for unit in group) == list(range(len(EXAMPLES)))
     widths = [[len(data.tokens[unit[0]]) for unit in group] for group in groups]
     assert len(groups) > 2 and all(len(group) * max(group) <= 36 and group == sorted(group) for group in widths)
