@@ -1,0 +1,296 @@
+"""Many processes, one brain: rank 0 decides and writes everything, the others wait for its word and do a share of the work.
+
+The process group is torch's (gloo for tensors in memory, NCCL for those on GPUs), found by what a launcher such as `deepspeed` or
+`torchrun` leaves in the environment. Ranks are one job of one user, who trusts them all: what they say to each other is pickled, unlike
+messages between clients and servers. Without a launcher nothing of this is imported or opened.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from fedllm.errors import RunStopped, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MEET = timedelta(minutes=2)  # for all ranks to come
+PATIENCE = timedelta(days=30)  # for a word: fitting a codec may take hours, and a dead rank is noticed by its closed connection
+GRACE = 5.0  # seconds that a rank who lost another leaves to the launcher, which tells the death and ends them all
+LOST = 3  # exit status of a rank that lost another and has nothing to say of it
+
+STOP = "stop"
+SHOWN = (UserError, RunStopped, FloatingPointError)  # raised on rank 0 as they were on the rank that met them
+
+_team: Team | None = None
+
+
+class RankLost(RunStopped):
+    """Another rank ended without a word."""
+
+
+def launched() -> bool:
+    """Whether a launcher started several ranks, of which this process is one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def team() -> Team | None:
+    """The ranks that this process has joined; None for a process on its own."""
+    return _team
+
+
+def join() -> Team:
+    """Meet the other ranks, once; a process that no launcher started becomes a team of one.
+
+    Raises RankLost where they do not all come.
+    """
+    global _team
+    if _team is None:
+        import torch
+        import torch.distributed as dist
+
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if launched():
+            share_cores()
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            try:
+                store, rank, size = next(dist.rendezvous("env://", timeout=MEET))
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+            except (RuntimeError, ValueError) as error:
+                what = str(error).splitlines()[0]
+                raise RankLost(f"{os.environ['WORLD_SIZE']} ranks did not meet at {where} within {MEET.seconds} s: {what}") from None
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        _team = Team(dist.get_rank(), dist.get_world_size())
+    return _team
+
+
+def share_cores() -> None:
+    """Give this rank its part of the machine's cores, unless OMP_NUM_THREADS says how many."""
+    import torch
+
+    here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+
+
+class Team:
+    """This rank among all: collectives for any value, and rank 0's way to have work done.
+
+    Every collective is called by all ranks in the same order. Values may hold tensors in memory of any size; these are not copied.
+    All raise RankLost where another rank is gone.
+    """
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = rank, size
+        self._owed: list[int] = []  # ranks that rank 0 has yet to hear from
+        self._whole = True  # no collective was broken off
+
+    # -- collectives -----------------------------------------------------------------------------------------------------------------
+
+    def broadcast(self, value: Any = None) -> Any:
+        """Rank 0's value, on every rank."""
+        import torch.distributed as dist
+
+        return self._travel(value, self.rank == 0, lambda part: dist.broadcast(part, 0))
+
+    def send(self, value: Any, to: int) -> None:
+        """Hand a value to one rank, which must `receive` it."""
+        import torch.distributed as dist
+
+        self._travel(value, True, lambda part: dist.send(part, to))
+
+    def receive(self, source: int) -> Any:
+        """What `source` sends."""
+        import torch.distributed as dist
+
+        return self._travel(None, False, lambda part: dist.recv(part, source))
+
+    def scatter(self, values: Sequence[Any] | None = None) -> Any:
+        """This rank's one of rank 0's values, one a rank."""
+        if self.rank != 0:
+            return self.receive(0)
+        for rank in range(1, self.size):
+            self.send(values[rank], rank)
+        return values[0]
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's value, on rank 0; None elsewhere."""
+        if self.rank != 0:
+            self.send(value, 0)
+            return None
+        return [value, *(self.receive(rank) for rank in range(1, self.size))]
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        import torch.distributed as dist
+
+        with self._together():
+            dist.all_reduce(tensor)
+        return tensor
+
+    # -- rank 0's word, and the others' answers ------------------------------------------------------------------------------------------
+
+    def tell(self, name: str, *arguments: Any, shares: Sequence[Any] | None = None) -> None:
+        """Rank 0: have every other rank call its worker's method `name`; `replies` must follow.
+
+        shares: one a rank, rank 0's among them: each rank gets its own as the last argument.
+        """
+        self.broadcast((name, arguments, shares is not None))
+        if shares is not None:
+            self.scatter(shares)
+        self._owed = list(range(1, self.size))
+
+    def replies(self) -> Iterator[Any]:
+        """Rank 0: what the others' methods returned, rank 1's first, each as it is asked for.
+
+        Raises what a method raised; an exception that no user can mend comes as a RuntimeError that names the rank.
+        """
+        while self._owed:
+            answer = self.receive(self._owed[0])
+            self._owed.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            yield answer
+
+    def ask(self, name: str, *arguments: Any, shares: Sequence[Any] | None = None) -> list[Any]:
+        """`tell` and all `replies`."""
+        self.tell(name, *arguments, shares=shares)
+        return list(self.replies())
+
+    def serve(self, worker: Any) -> None:
+        """Ranks above 0: do what rank 0 tells, until it says stop."""
+        while True:
+            name, arguments, shared = self.broadcast()
+            if name == STOP:
+                self.leave()
+                return
+            if shared:
+                arguments = (*arguments, self.scatter())
+            try:
+                answer = getattr(worker, name)(*arguments)
+            except RankLost:
+                raise
+            except SHOWN as error:
+                answer = error
+            except Exception as error:
+                answer = RuntimeError(f"rank {self.rank}: {type(error).__name__}: {error}")
+            self.send(answer, 0)
+
+    def stop(self) -> None:
+        """Rank 0: let the others end. Those that are still at work learn it from the closed connection."""
+        if self._whole and not self._owed:
+            self.broadcast((STOP, (), False))
+            self.leave()
+
+    def leave(self) -> None:
+        """Close the connections, which gloo's threads would otherwise find closed by the other side, and abort."""
+        import torch
+        import torch.distributed as dist
+
+        self.all_reduce(torch.zeros(1))
+        dist.destroy_process_group()
+
+    def _travel(self, value: Any, has: bool, move: Callable[[Tensor], Any]) -> Any:
+        """Move a value as sizes and bytes; whoever `has` it packs it, the others make room and unpack."""
+        import torch
+
+        with self._together():
+            parts = pack(value) if has else []
+            count = torch.tensor([len(parts)])
+            move(count)
+            sizes = torch.tensor([len(part) for part in parts] if has else [0] * int(count))
+            move(sizes)
+            if not has:
+                parts = [torch.empty(size, dtype=torch.uint8) for size in sizes.tolist()]
+            for part in parts:
+                if len(part):
+                    move(part)
+        return value if has else unpack(parts)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        self._whole = False
+        try:
+            yield
+        except RuntimeError as error:  # gloo: the connection was closed
+            if os.environ.get("FEDLLM_DEBUG") == "1":
+                print(f"rank {self.rank}: {error}", file=sys.stderr, flush=True)
+            time.sleep(GRACE)
+            raise RankLost("another rank ended; everything up to the last round is kept: resume the run") from None
+        self._whole = True
+
+
+def among(work: Callable[[], int], worker: Callable[[Team], Any], fail: Callable[[str, int], int]) -> int:
+    """The exit status of this rank: rank 0's is that of `work`; the others serve a `worker`, and say nothing.
+
+    fail: tells one line and returns the status.
+    """
+    first = os.environ["RANK"] == "0"
+    if not first:
+        hush()
+    try:
+        found = join()
+    except RankLost as error:
+        return fail(str(error), 1) if first else LOST
+    if first:
+        try:
+            return work()
+        finally:
+            found.stop()
+    try:
+        found.serve(worker(found))
+    except (RankLost, KeyboardInterrupt):
+        return LOST
+    return 0
+
+
+def hush() -> None:
+    """From here on this process writes nothing: what there is to tell goes through rank 0 (FEDLLM_DEBUG=1 lets it speak)."""
+    if os.environ.get("FEDLLM_DEBUG") != "1":
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
+
+
+# -- values as flat bytes ------------------------------------------------------------------------------------------------------------
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves the numbers of tensors where they are, as it does those of arrays."""
+
+    def reducer_override(self, value: Any) -> Any:
+        import torch
+
+        if type(value) is torch.Tensor and value.device.type == "cpu" and value.dtype is not torch.bfloat16:
+            return torch.from_numpy, (value.detach().contiguous().numpy(),)
+        return NotImplemented
+
+
+def pack(value: Any) -> list[Tensor]:
+    """A value as bytes: its pickle, then the buffers of its arrays and tensors, which are not copied."""
+    import torch
+
+    buffers: list[pickle.PickleBuffer] = []
+    file = io.BytesIO()
+    _Pickler(file, protocol=5, buffer_callback=buffers.append).dump(value)
+    views = [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of arrays that may not be written to: nobody does
+        return [torch.frombuffer(view, dtype=torch.uint8) if view.nbytes else torch.empty(0, dtype=torch.uint8) for view in views]
+
+
+def unpack(parts: Sequence[Tensor]) -> Any:
+    """Inverse of `pack`."""
+    return pickle.loads(parts[0].numpy(), buffers=[part.numpy() for part in parts[1:]])
