@@ -33,6 +33,8 @@ NOT_ORTHONORMAL = ("autoencoder", "allocation")  # noise before such an encoder 
 NOT_SUMMABLE = ("topk", "powersgd")  # a code stands for its own update alone: no sum of codes, hence no privacy
 
 SERVER_OPTIMIZERS = ("sgd", "momentum", "adam", "adagrad", "yogi", "fedavg", "fedavgm", "fedadam", "fedadagrad", "fedyogi")
+ENGINE_NAMES = ("torch", "deepspeed")
+PARALLEL_MODES = ("none", "data")
 AVERAGING = ("sgd", "fedavg")  # server optimisers that with lr 1 are the plain average
 AGGREGATIONS = ("mean", "stack", "residual")
 SCAFFOLD = (
@@ -190,6 +192,28 @@ def check_aggregation(config: Config) -> None:
         raise UserError(f"{where}: expected privacy.noise=local, not {config.privacy.noise}; the model depends on every message")
     if fed.aggregation == "stack" and config.lora.init == "public":
         raise UserError(f"{where}: expected lora.init=random; after each round A begins at random again")
+
+
+def check_engine(config: Config) -> None:
+    """Raise UserError for ranks that no engine lets work together, or parts that one of several ranks cannot have."""
+    engine, mode = config.engine, config.parallel.mode
+    if engine.name != "deepspeed":
+        if engine.deepspeed is not None:
+            raise UserError(f"engine.deepspeed={engine.deepspeed}: expected engine.name=deepspeed with it, not {engine.name}")
+        if mode == "data":
+            raise UserError(f"parallel.mode=data: expected engine.name=deepspeed, not {engine.name}; through it ranks share a client")
+        return
+    if engine.deepspeed is None:
+        raise UserError("engine.name=deepspeed: expected engine.deepspeed, such as configs/deepspeed/zero2.json, got null")
+    if mode not in ("none", "data"):
+        raise UserError(f"engine.name=deepspeed: expected parallel.mode=data, not {mode}; or engine.name=torch")
+    if config.federation.aggregation != "mean":
+        raise UserError(
+            f"federation.aggregation={config.federation.aggregation}: expected mean with engine.name=deepspeed; its dense matrices are "
+            "on one rank alone"
+        )
+    if config.lora.init != "random":
+        raise UserError(f"lora.init={config.lora.init}: expected random with engine.name=deepspeed; no rank sees all gradients")
 
 
 def refuse_scaffold(config: Config) -> None:

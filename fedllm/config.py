@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from fedllm.combinations import AGGREGATIONS, SERVER_OPTIMIZERS, refuse_scaffold
+from fedllm.combinations import AGGREGATIONS, ENGINE_NAMES, PARALLEL_MODES, SERVER_OPTIMIZERS, check_engine, refuse_scaffold
 from fedllm.errors import UserError
 from fedllm.methods import apply_method, check_method
 from fedllm.schema import Config
@@ -82,8 +82,9 @@ def check(config: Config) -> None:
     one_of("privacy.noise_in", privacy.noise_in, ("code", "update"))
     one_of("privacy.clip.mode", privacy.clip.mode, ("fixed", "adaptive"))
     one_of("privacy.target.adversary", privacy.target.adversary, ("release", "server"))
-    one_of("engine.name", config.engine.name, ("torch",))
-    one_of("parallel.mode", config.parallel.mode, ("none",))
+    one_of("engine.name", config.engine.name, ENGINE_NAMES)
+    one_of("parallel.mode", config.parallel.mode, PARALLEL_MODES)
+    check_engine(config)
     in_range("federation.clients", fed.clients, 1)
     in_range("federation.rounds", fed.rounds, 1)
     in_range("federation.local.steps", fed.local.steps, 1)

@@ -14,7 +14,7 @@ from fedllm.errors import UserError
 from fedllm.schema import Config
 from fedllm.server import ServerOptimizer
 from fedllm.setting import Setting
-from fedllm.training.engine import Encoded, TorchEngine
+from fedllm.training.engine import Encoded, Engine
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def warm_up(setting: Setting, config: Config, seed: int, optimizer: ServerOptimi
         setting.engine.load(optimizer.step(mean))
 
 
-def drawn_labels(engine: TorchEngine, data: Encoded, rng: np.random.Generator) -> np.ndarray:
+def drawn_labels(engine: Engine, data: Encoded, rng: np.random.Generator) -> np.ndarray:
     """A label of each example, drawn from the model's own prediction.
 
     Drawn, not the most likely one: the second moment of such gradients is the model's Fisher matrix, that of true labels where the model
@@ -82,7 +82,7 @@ def drawn_labels(engine: TorchEngine, data: Encoded, rng: np.random.Generator) -
     return (below[:, :-1] < rng.random(len(data))[:, None]).sum(1)
 
 
-LABELS: dict[str, Callable[[TorchEngine, Encoded, np.random.Generator], np.ndarray]] = {
+LABELS: dict[str, Callable[[Engine, Encoded, np.random.Generator], np.ndarray]] = {
     "random": lambda engine, data, rng: data.targets,  # drawn when the text was read
     "model": drawn_labels,
 }

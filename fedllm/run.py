@@ -18,7 +18,6 @@ from statistics import fmean
 from typing import Any
 
 from fedllm import evaluation
-from fedllm.adapters import save_adapter
 from fedllm.checkpoint import Checkpoints, write_json, write_whole
 from fedllm.config import load_config, save_config
 from fedllm.errors import UserError
@@ -132,7 +131,7 @@ def _run(
         progress = federation.run(before)
         with watch.phase("evaluation"):
             after, _ = evaluation.look(setting, config, monitor.phase, "evaluating the trained model")
-        save_adapter(setting.engine.model, run_dir / "adapter")
+        setting.engine.save(run_dir / "adapter")
         results = gather(config, setting, federation, progress, after, watch)
         monitor.finish(results, progress.history)
         write_json(run_dir / "results.json", results)  # last: where it stands, the run is finished

@@ -145,13 +145,14 @@ class PrivacyConfig:
 
 @dataclass
 class EngineConfig:
-    name: str = "torch"
-    batch_tokens: int = 2048
+    name: str = "torch"  # torch | deepspeed
+    batch_tokens: int = 2048  # of one forward pass, on each rank
+    deepspeed: str | None = None  # engine.name=deepspeed: a DeepSpeed file, such as configs/deepspeed/zero2.json
 
 
 @dataclass
 class ParallelConfig:
-    mode: str = "none"
+    mode: str = "none"  # none | data (all ranks of a launch work on the same clients)
 
 
 @dataclass

@@ -13,7 +13,8 @@ from fedllm.data.partition import Partition, make_partition
 from fedllm.errors import UserError
 from fedllm.monitor import Display, Phase
 from fedllm.schema import GENERATED, Config
-from fedllm.training.engine import Encoded, TorchEngine
+from fedllm.training.engine import Encoded, Engine
+from fedllm.training.engines import ENGINES
 from fedllm.training.objectives import ClassHead, LabelWords, NextToken
 from fedllm.training.public_start import public_start
 
@@ -28,7 +29,7 @@ class Setting:
     drawn from the seed, by name.
     """
 
-    engine: TorchEngine
+    engine: Engine
     tokenizer: object
     train: Encoded
     test: Encoded
@@ -47,6 +48,7 @@ def build(config: Config, public_seed: int, adapter: Path | None = None, phase: 
     from fedllm.models import load_model, resolve
 
     task = config.task
+    make_engine = ENGINES[config.engine.name](config)
     data = load_task(config)
     names = data.train.label_names if task.kind != "text" else []
     model, tokenizer = load_model(
@@ -70,7 +72,7 @@ def build(config: Config, public_seed: int, adapter: Path | None = None, phase: 
             texts = sources.load(task.public, eval_examples=1, labelled=False, text=task.columns.public).train.texts
         public = public_examples(config, encode, len(names), public_seed, texts)
     side = "right" if task.kind == "classify" else "left"
-    engine = TorchEngine(model, objective, tokenizer.pad_token_id or 0, config.engine.batch_tokens, side)
+    engine = make_engine(model, objective, tokenizer.pad_token_id or 0, config.engine.batch_tokens, side)
     fixed = {}
     if config.lora.init == "public" and adapter is None:
         fixed = public_start(engine, public, config.codec.public_examples, public_seed)

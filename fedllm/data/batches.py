@@ -1,5 +1,7 @@
 """Batches of token ids: alike lengths together, padded to the longest, within a budget of tokens."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +19,14 @@ class Batch:
     attention_mask: Tensor
     position_ids: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same with its tensors on a device."""
+        return Batch(self.index, *(value.to(device) for value in (self.input_ids, self.attention_mask, self.position_ids)))
+
+    def first(self) -> Batch:
+        """Its first row alone."""
+        return Batch(self.index[:1], self.input_ids[:1], self.attention_mask[:1], self.position_ids[:1])
+
 
 def make_batches(
     tokens: Sequence[Sequence[int]],
@@ -24,6 +34,7 @@ def make_batches(
     batch_tokens: int = 2048,
     pad_id: int = 0,
     side: str = "left",
+    most: int | None = None,
 ) -> Iterator[Batch]:
     """Yield every chosen example exactly once, shortest first.
 
@@ -34,6 +45,7 @@ def make_batches(
         pad_id: fills up rows; masked out.
         side: 'left' puts each last token at -1 (causal LM); 'right' each first token at 0 (encoders, whose head
             pools the first token).
+        most: rows of a batch; None for as many as fit.
     """
     index = np.arange(len(tokens)) if index is None else np.asarray(index, dtype=np.int64)
     lengths = np.array([len(tokens[i]) for i in index], dtype=np.int64)
@@ -41,7 +53,8 @@ def make_batches(
     start = 0
     while start < len(order):
         stop = start + 1
-        while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] <= batch_tokens:
+        end = len(order) if most is None else min(len(order), start + most)
+        while stop < end and (stop + 1 - start) * lengths[order[stop]] <= batch_tokens:
             stop += 1
         yield _pad(tokens, index[order[start:stop]], pad_id, side)
         start = stop

@@ -1,16 +1,19 @@
-"""The torch engine: one model on one device, gradients of many units in shared batches."""
+"""What an engine is, and the torch engine: one model on one device, gradients of many units in shared batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dr_encoder.layout import AdapterLayout
-from fedllm.data.batches import make_batches
+from fedllm.adapters import save_adapter
+from fedllm.data.batches import Batch, make_batches
 from fedllm.training.objectives import Objective
 from fedllm.training.unit_gradients import UnitGradients
 
@@ -39,6 +42,29 @@ class Evaluation:
     accuracy: float | None
 
 
+class Engine(Protocol):
+    """Local training and evaluation of one model, whatever runs it. See `TorchEngine` for what each does."""
+
+    model: nn.Module
+    layout: AdapterLayout
+
+    def adapter(self) -> Tensor: ...
+
+    def load(self, flat: Tensor) -> None: ...
+
+    def save(self, path: Path) -> None: ...
+
+    def updates(
+        self, data: Encoded, units: list[np.ndarray], steps: int = 1, lr: float = 1.0, prox: float = 0.0
+    ) -> Iterator[tuple[slice, Tensor]]: ...
+
+    def batches(self, data: Encoded, units: list[np.ndarray]) -> Iterator[np.ndarray]: ...
+
+    def evaluate(self, data: Encoded, progress: Callable[[int], None] | None = None) -> Evaluation: ...
+
+    def probabilities(self, data: Encoded) -> Tensor: ...
+
+
 class TorchEngine:
     """Local training and evaluation of one model.
 
@@ -62,6 +88,10 @@ class TorchEngine:
         for name, view in self.layout.views(flat).items():
             self.parameters[name].copy_(view)
 
+    def save(self, path: Path) -> None:
+        """Write the adapter into a folder, for PEFT."""
+        save_adapter(self.model, path)
+
     def updates(
         self, data: Encoded, units: list[np.ndarray], steps: int = 1, lr: float = 1.0, prox: float = 0.0
     ) -> Iterator[tuple[slice, Tensor]]:
@@ -83,37 +113,65 @@ class TorchEngine:
 
     def evaluate(self, data: Encoded, progress: Callable[[int], None] | None = None) -> Evaluation:
         """Mean loss and accuracy over all examples, adapter as loaded."""
-        loss, right, counted = 0.0, 0, True
-        with torch.inference_mode():
-            for batch in make_batches(data.tokens, **self._batching):
-                losses, correct = self.objective(self.model, batch, torch.from_numpy(data.targets[batch.index]))
-                loss += float(losses.double().sum())
-                counted = correct is not None
-                right += int(correct.sum()) if counted else 0
-                if progress is not None:
-                    progress(len(batch.index))
-        return Evaluation(loss / len(data), right / len(data) if counted else None)
+        loss, right = self._sums(data, progress=progress)
+        return Evaluation(loss / len(data), None if right is None else right / len(data))
 
+    @torch.no_grad()
     def probabilities(self, data: Encoded) -> Tensor:
         """The model's own prediction of each label [examples, labels], float64, adapter as loaded; for tasks with labels."""
-        rows = {}
-        with torch.inference_mode():
-            for batch in make_batches(data.tokens, **self._batching):
-                rows |= zip(batch.index.tolist(), self.objective.logits(self.model, batch).double().softmax(1), strict=True)
-        return torch.stack([rows[example] for example in range(len(data))])
+        rows = None
+        for batch, counts in self._turns(data.tokens):
+            found = self._logits(batch).double().softmax(1)
+            rows = found.new_zeros(len(data), found.shape[1]) if rows is None else rows
+            if counts:
+                rows[batch.index] = found
+        return self._over_ranks(rows)
+
+    @torch.no_grad()
+    def _sums(self, data: Encoded, progress: Callable[[int], None] | None = None) -> tuple[float, int | None]:
+        """Sum of the losses, and how many answers are right."""
+        sums, counted = torch.zeros(2, dtype=torch.float64), True
+        for batch, counts in self._turns(data.tokens):
+            losses, correct = self._losses(batch, data.targets)
+            counted = correct is not None
+            if counts:
+                sums += torch.stack([losses.double().sum(), correct.sum() if counted else losses.new_zeros(())]).cpu()
+            if progress is not None:
+                progress(len(batch.index))
+        loss, right = self._over_ranks(sums).tolist()
+        return loss, int(right) if counted else None
 
     def _gradients(self, data: Encoded, units: list[np.ndarray]) -> Tensor:
         """Gradient of each unit's mean loss [units, n]."""
         self.gradients.begin(len(units))
         if any(len(unit) for unit in units):
-            examples = np.concatenate(units)
-            row_of = np.repeat(np.arange(len(units)), [len(unit) for unit in units])
-            weight = 1.0 / np.repeat([max(1, len(unit)) for unit in units], [len(unit) for unit in units])
-            for batch in make_batches([data.tokens[i] for i in examples], **self._batching):
+            examples, row_of, weight = spread(units)
+            for batch, counts in self._turns([data.tokens[i] for i in examples]):
                 self.gradients.batch(torch.from_numpy(row_of[batch.index]))
-                losses, _ = self.objective(self.model, batch, torch.from_numpy(data.targets[examples[batch.index]]))
-                (losses * torch.from_numpy(weight[batch.index]).float()).sum().backward()
-        return self.gradients.end()
+                losses, _ = self._losses(batch, data.targets[examples])
+                self._backward((losses * torch.from_numpy(weight[batch.index] * counts).to(losses.device)).sum())
+        return self._over_ranks(self.gradients.end())
+
+    # -- what an engine of several ranks does its own way --------------------------------------------------------------------------
+
+    def _turns(self, tokens: list[list[int]]) -> Iterator[tuple[Batch, bool]]:
+        """This process's batches, and whether each counts."""
+        for batch in make_batches(tokens, **self._batching):
+            yield batch, True
+
+    def _losses(self, batch: Batch, targets: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """Losses and right answers of a batch; targets: of all examples."""
+        return self.objective(self.model, batch, torch.from_numpy(targets[batch.index]))
+
+    def _logits(self, batch: Batch) -> Tensor:
+        return self.objective.logits(self.model, batch)
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        """The sum over all processes, in memory."""
+        return sums
 
     def _path(self, data: Encoded, unit: np.ndarray, steps: int, lr: float, prox: float) -> Tensor:
         """Old minus new adapter after SGD steps of one unit [1, n]; the adapter is put back."""
@@ -124,3 +182,10 @@ class TorchEngine:
             self.load(here)
         self.load(start)
         return (start - here)[None]
+
+
+def spread(units: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Units [examples of each] -> all their examples, which unit each is of, and its weight in the unit's mean (float32)."""
+    sizes = [len(unit) for unit in units]
+    weight = 1.0 / np.repeat([max(1, size) for size in sizes], sizes)
+    return np.concatenate(units), np.repeat(np.arange(len(units)), sizes), weight.astype(np.float32)

@@ -34,6 +34,8 @@ class UnitGradients:
         self._places = {id(self._parameters[factor.name]): slice(factor.offset, factor.stop) for factor in layout.factors}
         self._rows: Tensor | slice | None = None
         self._sums: Tensor | None = None
+        # Parameters enter detached: that backward comes by them, without a gradient, would wake what others hang on them (ZeRO 2 does).
+        self._needs_gradient = torch.zeros((), requires_grad=True)
         covered = set()
         for name, module in model.named_modules():
             own = {f"{name}.{key}": value for key, value in module.named_parameters(recurse=False) if value.requires_grad}
@@ -54,13 +56,14 @@ class UnitGradients:
         for value in self._parameters.values():
             value.grad = None
         # numpy's zeros are pages not yet there: they come as the backward pass lets go of activations, and do not add to the peak.
-        self._sums = torch.from_numpy(np.zeros((units, self.layout.size), np.float32))
+        zeros = torch.from_numpy(np.zeros((units, self.layout.size), np.float32))
+        self._sums = zeros.to(next(iter(self._parameters.values())).device)
 
     def batch(self, rows: Tensor) -> None:
         """Say which unit each example of the next batch belongs to, int64 [batch]; its backward pass comes before the next batch."""
         first = int(rows[0]) if len(rows) else 0
         consecutive = slice(first, first + len(rows))
-        self._rows = consecutive if torch.equal(rows, torch.arange(first, consecutive.stop)) else rows
+        self._rows = consecutive if torch.equal(rows, torch.arange(first, consecutive.stop)) else rows.to(self._sums.device)
 
     def end(self) -> Tensor:
         """The collected sums [units, n]; collecting stops.
@@ -76,7 +79,8 @@ class UnitGradients:
     def _forward(self, module: nn.Linear, x: Tensor) -> Tensor:
         if self._sums is None or not torch.is_grad_enabled():
             return F.linear(x, module.weight, module.bias)
-        return _Linear.apply(x, module.weight, module.bias, partial(self._add, module))
+        bias = None if module.bias is None else module.bias.detach()
+        return _Linear.apply(x, module.weight.detach(), bias, self._needs_gradient, partial(self._add, module))
 
     def _add(self, module: nn.Linear, x: Tensor, dy: Tensor) -> None:
         """Add each example's product to the row of its unit."""
@@ -109,18 +113,18 @@ class _Linear(torch.autograd.Function):
     """A linear layer whose parameters get no gradient: `add` is told what it is made of."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, add: Add) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, needs_gradient: Tensor, add: Add) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.add = add
         return F.linear(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         x, weight = ctx.saved_tensors
         ctx.add(x, dy)
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None
+            return None, None, None, None, None
         narrow = weight.shape[1] < weight.shape[0]  # as in `_products`
         dx = (weight.T @ dy.flatten(0, -2).T).T.reshape(x.shape) if narrow else dy @ weight
-        return dx, None, None, None
+        return dx, None, None, None, None
