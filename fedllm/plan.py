@@ -16,6 +16,7 @@ from dr_encoder.codecs.autoencoder import WIDTHS, ConvAutoEncoder, image_shape, 
 from dr_encoder.codecs.chain import WIDER
 from dr_encoder.layout import AdapterLayout
 from fedllm import plan_memory as memory
+from fedllm.aggregation import AGGREGATIONS
 from fedllm.codec_fit import MOST_AUTO, SIGNAL_SHARE
 from fedllm.combinations import held_out_rows
 from fedllm.errors import UserError
@@ -39,6 +40,7 @@ HINTS = {
     "working": "a smaller engine.batch_tokens",
     "codec": "codec.family=kronecker stores little, or a smaller codec.code_size",
     "updates": "a smaller codec.public_examples",
+    "dense": "fewer lora.targets, or federation.aggregation=mean",
     "optimizer": "a smaller lora.r or fewer lora.targets",
 }
 
@@ -91,7 +93,8 @@ def plan(config: Config, asked: Question, phase: Phase) -> dict[str, Any]:
     noise = noise_to_signal(last, asked.signal_share)
     with phase("cohort and population for the target"):
         needed = needs(config, code.size, layout, asked.signal_share, asked.threshold) if last.private else None
-    held = memory_of(config, asked, shape, base, layout, code, last)
+    dense = memory.dense_numbers(model) if AGGREGATIONS[config.federation.aggregation].each else 0
+    held = memory_of(config, asked, shape, base, layout, code, last, dense)
     found = {
         "method": config.method,
         "model": {
@@ -108,7 +111,7 @@ def plan(config: Config, asked: Question, phase: Phase) -> dict[str, Any]:
         "units": units,
         "expected_cohort": last.expected,
         "rounds": config.federation.rounds,
-        "bytes": bytes_of(config, sums, layout.size, code),
+        "bytes": bytes_of(config, sums, layout.size, code, dense),
         "memory": held,
         "privacy": privacy,
         "noise_to_signal": noise,
@@ -186,14 +189,16 @@ def code_of(config: Config, layout: AdapterLayout) -> Code:
     return Code(size, stored, stored + derived, working)
 
 
-def bytes_of(config: Config, sums: list[PrivateSum], update_size: int, code: Code) -> dict[str, Any]:
+def bytes_of(config: Config, sums: list[PrivateSum], update_size: int, code: Code, dense: int = 0) -> dict[str, Any]:
     """What travels: a whole message (its header is that of a clip norm of 1; another is some bytes longer or shorter), and the downlink.
 
-    `down` is the mean over the rounds: the adapter, and the codec where clients take the server's copy.
+    `down` is the mean over the rounds: the adapter, dense matrices of `dense` numbers, and the codec where clients take the server's copy.
     """
     last, message = sums[-1], message_bytes(sums[-1])
     fetched = code.stored if config.codec.fit_at == "server" else 0
-    same, new = (downlink_bytes({"adapter": torch.empty(update_size)}, fetched, last.unit, refitted) for refitted in (False, True))
+    same, new = (
+        4 * dense + downlink_bytes({"adapter": torch.empty(update_size)}, fetched, last.unit, refitted) for refitted in (False, True)
+    )
     refits = refit_count(config)
     down = round((new * refits + same * (config.federation.rounds - refits)) / config.federation.rounds)
     senders = last.expected if last.unit == "client" else last.clients
@@ -223,40 +228,43 @@ def public_rows(config: Config) -> int:
 
 
 def memory_of(
-    config: Config, asked: Question, shape: memory.Geometry, base: int, layout: AdapterLayout, code: Code, last: PrivateSum
+    config: Config, asked: Question, shape: memory.Geometry, base: int, layout: AdapterLayout, code: Code, last: PrivateSum, dense: int = 0
 ) -> dict[str, Any]:
-    """Bytes on one rank by part, and their peak: weights and the server's state always, and the largest of a round's three phases."""
+    """Bytes on one rank by part, and their peak: what is always there, and the largest of a round's phases.
+
+    dense: numbers in the dense matrices that exact averages of products go into.
+    """
     ranks, item, n = asked.ranks, memory.ITEM[config.model.dtype], layout.size
     text = config.task.kind == "text"
     width = config.task.max_length
-    tokens = max(1, config.engine.batch_tokens // width) * width
+    rows = max(1, config.engine.batch_tokens // width)
+    tokens = rows * width
     layer = memory.layer_bytes(shape, config.lora.r, width, item, asked.attention, config.lora.train == "both")
     saved = {
         checkpointing: memory.activation_bytes(shape, tokens, layer, item, checkpointing=checkpointing, next_token=text)
         for checkpointing in (False, True)
     }
     units = last.expected / (ranks.count if ranks.mode == "clients" else 1)
+    given = public_rows(config)
     parts = {
         "weights": memory.weight_bytes(base, n, item, ranks),
+        "dense": 4 * dense,
         "activations": saved[ranks.checkpointing],
-        "working": memory.working_bytes(shape, tokens, layer, next_token=text),
+        "working": memory.working_bytes(
+            shape, tokens, width, layer, item, asked.attention, checkpointing=ranks.checkpointing, next_token=text
+        ),
         "optimizer": memory.optimizer_bytes(n, config.federation.server.optimizer, ranks),
-        "codec": code.held,
+        "codec": code.held * (2 if config.codec.fit_at == "client" else 1),
         "updates": memory.update_bytes(n, math.ceil(units), CHUNK_BYTES if config.federation.local.steps == 1 else 0),
+        "public_gradients": memory.public_bytes(n, given),
+        "remembered": memory.public_bytes(n, given * min(config.codec.public_memory, refit_count(config) - 1)),
     }
-    rows = memory.public_bytes(n, public_rows(config))
-    batch = parts["activations"] + parts["working"]
-    phases = {
-        "public gradients": batch + rows + (CHUNK_BYTES if rows > CHUNK_BYTES else 0),  # a chunk, and the one before it
-        "fitting the codec": rows + code.held + code.fitting,
-        "local training": batch + parts["updates"] + code.held,
-    }
+    phases = phases_of(config, parts, code, memory.public_bytes(n, min(given, rows)))
     peak = max(phases, key=phases.get)
-    total = parts["weights"] + parts["optimizer"] + phases[peak]
-    device = parts["weights"] + batch + 4 * n
+    total = parts["weights"] + parts["dense"] + parts["optimizer"] + parts["remembered"] + phases[peak]
+    device = parts["weights"] + parts["dense"] + parts["activations"] + parts["working"] + 4 * n
     return {
         **parts,
-        "public_gradients": rows,
         "codec_fitting": code.fitting,
         "activations_checkpointed": saved[True],
         "activations_of_layer_and_token": layer,
@@ -272,6 +280,26 @@ def memory_of(
         "model_alone": device,
         "limit": asked.limit,
         "fits": None if asked.limit is None else total <= asked.limit,
+    }
+
+
+def phases_of(config: Config, parts: dict[str, int], code: Code, batch_rows: int) -> dict[str, int]:
+    """Bytes of a round's phases, on top of what is always there. batch_rows: of the public gradients of one batch.
+
+    A row of gradients takes memory when it is written, after its batch's peak. Earlier chunks stay while the next one is made; the codec
+    in force stays while the next one is fitted. A mixture of priors copies their rows twice over, and its own stay while a codec is fitted.
+    """
+    refits, memory_rows, rows = refit_count(config), parts["remembered"], parts["public_gradients"]
+    batch = parts["activations"] + parts["working"]
+    old = parts["codec"] if refits > 1 else 0
+    mixed = memory_rows + rows if memory_rows or "+" in config.codec.prior else 0
+    fitting = max(code.held + code.fitting, mixed)
+    remembers = rows if config.codec.public_memory else 0  # these are remembered from now on
+    return {
+        "public gradients": batch + old + max(0, rows - batch_rows) + (CHUNK_BYTES if rows > CHUNK_BYTES else 0),
+        "fitting the codec": old + rows + mixed + fitting,
+        "local training": batch + parts["updates"] + parts["codec"] + remembers + 2 * parts["dense"],  # sums of products, float64
+        "averaging products": parts["codec"] + remembers + 5 * parts["dense"],  # sums, their mean, the new matrices
     }
 
 
@@ -301,7 +329,7 @@ def too_large(held: dict[str, Any]) -> list[str]:
     """Why the run does not fit into the limit, and what would help; nothing where it fits."""
     if held["fits"] is not False:
         return []
-    more = {"updates": held["public_gradients"], "codec": held["codec_fitting"]}
+    more = {"updates": held["public_gradients"] + held["remembered"], "codec": held["codec_fitting"], "dense": 4 * held["dense"]}
     sizes = {part: held[part] + more.get(part, 0) for part in HINTS}
     first, second = sorted(HINTS, key=sizes.get, reverse=True)[:2]
     named = "; ".join(f"{part} {bytes_text(sizes[part])} ({HINTS[part]})" for part in (first, second))

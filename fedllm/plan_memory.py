@@ -13,8 +13,17 @@ a number of the base, i_t the input width of LoRA target t; a fresh adapter is f
 
 Each layer checkpointed keeps b d a token instead, and one layer as above while it is computed again. Once a batch come 4 d of the last norm
 and, for next-token tasks, 4 V of the log-softmax over a vocabulary of V. The first layer saves a little less than this (its input needs
-no gradient). Working memory on top (measured, not derived): about what one layer saves, and 8 V where there is a log-softmax. What an
-allocator keeps of freed memory is not counted: on Linux MALLOC_MMAP_THRESHOLD_=1048576 has it give back the large blocks.
+no gradient).
+
+Working memory is what is alive on top when most is: temporaries, less what backward has let go of by then. It is the largest of
+
+    logits         8 V, and b V with b < 4      end of forward: logits, their float32 copy, and that once more with V last; before any layer
+                                                that is checkpointed is computed again
+    last norm      5 * 4d for RMSNorm           before any layer lets go
+    MLP            3 * b I + b d                of the last layer; 2 * b I without a gate. 4 V and the last norm are gone
+    attention      8 H S + b d, less b H S with b < 4      eager: gradients of the softmax; the layer's MLP and second norm are gone too
+
+What an allocator keeps of freed memory is not counted: on Linux MALLOC_MMAP_THRESHOLD_=1048576 has it give back the large blocks.
 """
 
 from __future__ import annotations
@@ -114,9 +123,33 @@ def activation_bytes(shape: Geometry, tokens: int, layer: int, item: int, *, che
     return tokens * (layers + last)
 
 
-def working_bytes(shape: Geometry, tokens: int, layer: int, *, next_token: bool = False) -> int:
-    """On top of what is saved, while a batch goes backward: gradients inside one layer; those of the log-softmax and its input, float32."""
-    return tokens * (layer + (2 * FLOAT * shape.vocabulary if next_token else 0))
+def working_bytes(
+    shape: Geometry,
+    tokens: int,
+    width: int,
+    layer: int,
+    item: int,
+    attention: str = "fused",
+    *,
+    checkpointing: bool = False,
+    next_token: bool = False,
+) -> int:
+    """What is alive on top of `activation_bytes` when most is, for `tokens`: see the module. Arguments as of `layer_bytes`."""
+    narrow = item if item < FLOAT else 0
+    scores = shape.heads * width
+    norm = (FLOAT if shape.rms_norm else item) * shape.hidden
+    logits = FLOAT * shape.vocabulary if next_token else 0
+    recomputed = layer if checkpointing else 0  # not there yet
+    mlp = (3 if shape.gated else 1) * item * shape.intermediate
+    gone = logits + FLOAT * shape.hidden
+    moments = [
+        2 * logits + (narrow * shape.vocabulary if next_token else 0) - recomputed,
+        (5 if shape.rms_norm else 2) * norm - logits - recomputed,
+        (3 if shape.gated else 2) * item * shape.intermediate + item * shape.hidden - gone,
+    ]
+    if attention == "eager":
+        moments.append((2 * FLOAT - narrow) * scores + item * shape.hidden - gone - mlp - norm)
+    return tokens * max(0, *moments)
 
 
 def weight_bytes(base: int, trained: int, item: int, ranks: Ranks) -> int:
@@ -151,6 +184,11 @@ def update_bytes(trained: int, units: int, chunk: int) -> int:
 def public_bytes(trained: int, examples: int) -> int:
     """Gradients of the public examples that a codec is fitted to."""
     return FLOAT * trained * examples
+
+
+def dense_numbers(model: Any) -> int:
+    """Numbers in a dense matrix beside every LoRA layer of a PEFT model: exact averages of products go there."""
+    return sum(module.in_features * module.out_features for module in model.modules() if hasattr(module, "lora_A"))
 
 
 # Codecs that are fitted to a prior, chains aside: bytes of what is kept. (n, k, factors as (rows, columns)) -> bytes.

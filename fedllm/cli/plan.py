@@ -102,13 +102,15 @@ def _memory(held: dict[str, Any]) -> list[Row]:
         verdict = "--memory 24GiB says whether it fits"
     else:
         verdict = ("fits into " if held["fits"] else "no: does not fit into ") + bytes_text(held["limit"])
+    remembered = f", {bytes_text(held['remembered'])} of earlier ones" if held["remembered"] else ""
+    dense = f"; and {bytes_text(held['dense'])} of dense matrices, float32" if held["dense"] else ""
     return [
-        ("memory, weights", bytes_text(held["weights"]), divided + (", offloaded" if held["offload"] else "")),
+        ("memory, weights", bytes_text(held["weights"]), divided + (", offloaded" if held["offload"] else "") + dense),
         ("memory, activations", bytes_text(held["activations"]), f"{batch}; {kept}"),
-        ("memory, working", bytes_text(held["working"]), "gradients inside a layer, and of logits where the task has them"),
+        ("memory, working", bytes_text(held["working"]), "on top, where a batch holds most: gradients in a layer or its norm, or logits"),
         ("memory, optimizer", bytes_text(held["optimizer"]), "gradients of the adapter, the server's copy and moments"),
         ("memory, codec", bytes_text(held["codec"]), f"and {bytes_text(held['codec_fitting'])} while it is fitted"),
-        ("memory, updates", bytes_text(held["updates"]), f"and {bytes_text(held['public_gradients'])} of public gradients"),
+        ("memory, updates", bytes_text(held["updates"]), f"and {bytes_text(held['public_gradients'])} of public gradients{remembered}"),
         ("memory, peak", bytes_text(held["total"]), f"in {held['peak_in']}; {verdict}"),
     ]
 

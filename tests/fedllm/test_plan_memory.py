@@ -1,7 +1,9 @@
 """The formulas of `fedllm plan` against torch's own accounting and real codecs."""
 
+import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -17,6 +19,8 @@ from fedllm.models import add_adapter
 from fedllm.plan import code_of
 from fedllm.plan_memory import Geometry, Ranks
 from fedllm.schema import CodecConfig, Config
+from fedllm.training.engine import Encoded, TorchEngine
+from fedllm.training.objectives import LabelWords, NextToken
 
 SIZES = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 8, "num_attention_heads": 4, "vocab_size": 50}
 ROWS, WIDTH, RANK = 3, 16, 4
@@ -109,6 +113,40 @@ def test_next_token_tasks_keep_the_log_softmax(one_thread):
         return torch.nn.functional.cross_entropy(forward(model).transpose(1, 2), torch.zeros(ROWS, WIDTH, dtype=torch.int64))
 
     assert planned(model, "float32", "eager", next_token=True) == pytest.approx(saved_bytes(model, loss), rel=0.1)
+
+
+def live_peak(work):
+    """Most bytes alive at once of those that `work` allocates."""
+    work()  # what comes once
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("moment", ["norm or mlp", "logits", "attention"])
+@pytest.mark.parametrize("attention", ["eager", "fused"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_most_that_a_batch_holds(dtype, attention, moment, checkpointing, one_thread):
+    width, vocabulary = (256 if moment == "attention" else 16), (2000 if moment == "logits" else 50)
+    model = llama(dtype, {"fused": "sdpa"}.get(attention, attention), ["q_proj", "v_proj"], vocab_size=vocabulary)
+    if checkpointing:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        model.get_base_model().enable_input_require_grads()
+        model.train()
+    count = 512 // width
+    objective = NextToken() if moment == "logits" else LabelWords([3, 4])
+    engine = TorchEngine(model, objective, 0, 512)
+    data = Encoded([[row % 40 + 1] * width for row in range(count)], np.zeros(count, np.int64))
+    units = [np.array([row]) for row in range(count)]
+    found = live_peak(lambda: list(engine.updates(data, units)))
+    shape, item, text = memory.geometry(model), memory.ITEM[dtype], moment == "logits"
+    layer = memory.layer_bytes(shape, RANK, width, item, attention)
+    kept = memory.activation_bytes(shape, 512, layer, item, checkpointing=checkpointing, next_token=text)
+    working = memory.working_bytes(shape, 512, width, layer, item, attention, checkpointing=checkpointing, next_token=text)
+    assert kept + working == pytest.approx(found, rel=0.1)
 
 
 @pytest.mark.parametrize("family", sorted(codecs.CODECS))
