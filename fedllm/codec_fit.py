@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from dr_encoder import codecs
 from dr_encoder.codecs import Codec
 from dr_encoder.layout import AdapterLayout
@@ -56,6 +58,11 @@ def fit_codec(config: Config, layout: AdapterLayout, prior: GaussianPrior | None
         raise RunStopped(str(error)) from None
 
 
+def whole(updates: Tensor) -> Tensor:
+    """What is clipped with `noise_in: update`: the update itself."""
+    return updates
+
+
 def choose_size(
     config: Config,
     layout: AdapterLayout,
@@ -64,10 +71,12 @@ def choose_size(
     noise_std: float,
     seed: int,
     unit_examples: int,
+    groups: int = 1,
 ) -> int:
     """`codec.code_size: auto`: the power of two that is expected to lose least to projection and noise, by held-out public gradients.
 
-    Arguments as for `fit_codec`; unit_examples: examples of a typical unit, for the clip norm. Raises UserError where they tell nothing.
+    Arguments as for `fit_codec`; unit_examples: examples of a typical unit, groups: clip groups, both for the clip norm.
+    Raises UserError where the gradients tell nothing.
     """
     fitted, noise = {}, {}  # noise of one number of the mean code: it follows the clip norm, and that the code's length
     for size in (2**power for power in range(4, 30) if 2**power <= min(layout.size, MOST_AUTO)):
@@ -75,7 +84,8 @@ def choose_size(
             fitted[size] = _fit(config, layout, prior, size, noise_std, seed)
         except ValueError:  # the prior spans no more directions
             break
-        noise[size] = (noise_std * public.clip_norm(rows, fitted[size].encode, config, unit_examples)) ** 2
+        clipped = whole if config.privacy.noise_in == "update" else fitted[size].encode
+        noise[size] = (noise_std * public.clip_norm(rows, clipped, config, unit_examples, groups)) ** 2
     units = public.pseudo_units(rows, unit_examples)
 
     def signal(size: int) -> float:

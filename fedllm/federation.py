@@ -22,7 +22,7 @@ from fedllm import evaluation, priors, public, real, records
 from fedllm.aggregation import AGGREGATIONS
 from fedllm.checkpoint import Checkpoints
 from fedllm.client import Encode
-from fedllm.codec_fit import Announcement, choose_size, fit_codec
+from fedllm.codec_fit import Announcement, choose_size, fit_codec, whole
 from fedllm.errors import RunStopped
 from fedllm.mechanism import Mechanism
 from fedllm.monitor import Monitor
@@ -158,9 +158,7 @@ class Federation:
         fed, begun = self.config.federation, time.perf_counter()
         number = self.progress.rounds
         if self.config.codec.prior != "moments" and self.due(number):
-            with self.watch.phase("local_training"), self.monitor.phase(f"round {number + 1}: public gradients"):
-                rows = public.gradients(self.setting, self.config, self.public_seed, number)
-            self.fit(self.prior(rows), rows)
+            self.refit(number)
         spec = self.stage2_spec(number)
         if not self.allowed(spec):
             self.progress.stopped = f"the budget allows no round after {number}"
@@ -211,6 +209,12 @@ class Federation:
         """What units send of their updates [units, n], before clip and noise: codes [units, size]."""
         return self.codec.encode(updates - self.engine.adapter() if self.mechanism.of_state else updates)
 
+    def refit(self, number: int) -> None:
+        """A new codec from public text; its gradients are let go of before clients train."""
+        with self.watch.phase("local_training"), self.monitor.phase(f"round {number + 1}: public gradients"):
+            rows = public.gradients(self.setting, self.config, self.public_seed, number)
+        self.fit(self.prior(rows), rows)
+
     def real_gradients(self, number: int) -> Tensor | None:
         """Clients' raw gradients, where the codec is to learn from them: entered as the release that it is."""
         if self.config.codec.prior != "real":
@@ -244,7 +248,7 @@ class Federation:
         with self.watch.phase("codec"), self.monitor.phase(f"fitting the {settings.family} codec"):
             if size == "auto":
                 if self.progress.code_size is None:  # once, before any private data is touched
-                    self.progress.code_size = choose_size(self.config, layout, prior, rows, noise_std, seed, self.unit_examples)
+                    self.progress.code_size = choose_size(self.config, layout, prior, rows, noise_std, seed, self.unit_examples, parts)
                     self.monitor.say(f"code of {self.progress.code_size} numbers, chosen from public gradients")
                 size = self.progress.code_size
             self.codec = fit_codec(self.config, layout, prior, size, noise_std, seed)
@@ -252,8 +256,7 @@ class Federation:
             self.progress.prior = f"{prior.name}:{prior.fingerprint()}" if prior is not None else "none"
             first = self.progress.clip is None
             if self.config.privacy.enabled and (first or self.config.privacy.clip.mode == "fixed"):
-                whole = self.config.privacy.noise_in == "update"
-                encode = (lambda updates: updates) if whole else self.encode
+                encode = whole if self.config.privacy.noise_in == "update" else self.encode
                 self.progress.clip = public.clip_norm(rows, encode, self.config, self.unit_examples, parts)
             self.checkpoints.save_codec(self.codec, self.progress.codec)
             self.hand_over(Announcement(self.progress.codec, self.progress.rounds, size, noise_std, self.public_seed), rows)

@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fedllm import federation, run
+from fedllm import codec_fit, federation, run
 from fedllm.checkpoint import Checkpoints
 from fedllm.errors import UserError
 from fedllm.evaluation import evaluate_run
@@ -214,6 +214,24 @@ def test_the_size_is_chosen_once_and_told(family, configured, tmp_path, no_plot,
     _, facts = Checkpoints(tmp_path / "run" / "checkpoints").latest()
     assert results["code_size"] == facts["code_size"] >= 1
     assert capfd.readouterr().err.count("chosen from public gradients") == 1
+
+
+@pytest.mark.parametrize("noise_in", ["code", "update"])
+def test_the_size_is_chosen_for_the_noise_that_comes(noise_in, configured, tmp_path, no_plot, monkeypatch):
+    """With noise in the update its norm decides, whatever the code; each of several clip groups is clipped to its part of that."""
+    seen = {}
+
+    def choose(fit_rows, held_out, noise, rounds, candidates, signal, fit):
+        seen.update({size: noise(size) for size in candidates})
+        return candidates[0]
+
+    groups = ["privacy.clip.groups=matrix"] if noise_in == "update" else []
+    monkeypatch.setattr(codec_fit, "code_size_auto", choose)
+    run.train(configured("run", "seed=3", "codec.code_size=auto", f"privacy.noise_in={noise_in}", *groups, "codec.bits=32"))
+    _, facts = Checkpoints(tmp_path / "run" / "checkpoints").latest()
+    _, entries = read_ledger(tmp_path / "run" / "ledger.jsonl")
+    std = entries[-1]["noise_multiplier"] * entries[-1]["clip_groups"] ** 0.5 / 10 * facts["clip"]  # of a mean over a cohort of 10
+    assert seen[min(seen)] == pytest.approx(std**2, rel=1e-6)
 
 
 def test_without_privacy_everything_says_so(configured, tmp_path, no_plot):
