@@ -19,7 +19,7 @@ import numpy as np
 
 PROTOCOL = "1"
 TENSOR = "code"
-_DTYPES = {"int8": "I8", "int16": "I16", "float32": "F32"}
+_DTYPES = {"int8": "I8", "int16": "I16", "float32": "F32", "float64": "F64"}
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,40}")
 _COUNT = re.compile(r"0|[1-9][0-9]{0,17}")
 _HEADER_ROOM = 640
@@ -108,7 +108,7 @@ class Expected:
     """What the server accepts in one round.
 
     Args:
-        dtype: "int8", "int16" or "float32".
+        dtype: "int8", "int16", "float32" or "float64".
         clients: size of the federation; client numbers must be below it. None allows any.
         max_bytes: upper limit of a whole message; None means the body and 640 bytes of header.
     """
@@ -136,7 +136,7 @@ def pack(header: Header, code: np.ndarray) -> bytes:
     """One client's message.
 
     Args:
-        code: one quantized code [k] of type int8, int16 or float32, finite.
+        code: one quantized code [k] of type int8, int16, float32 or float64, finite.
     Raises:
         ValueError: for a header or a code that no server would accept.
     """

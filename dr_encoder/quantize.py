@@ -8,12 +8,12 @@ import math
 
 import numpy as np
 
-_DTYPES = {8: "int8", 16: "int16", 32: "float32"}
+_DTYPES = {8: "int8", 16: "int16", 32: "float32", 64: "float64"}
 _TAIL = 6.0  # noise beyond this many standard deviations saturates: about 2e-9 of the coordinates
 
 
 def dtype_of(bits: int) -> str:
-    """The number type of a code on the wire: 8 -> "int8", 16 -> "int16", 32 -> "float32" (not quantized)."""
+    """The number type of a code on the wire: 8 -> "int8", 16 -> "int16", 32 -> "float32", 64 -> "float64" (not quantized)."""
     if bits not in _DTYPES:
         raise ValueError(f"Expected bits={bits} in {sorted(_DTYPES)}")
     return _DTYPES[bits]
@@ -27,7 +27,7 @@ def levels(clip: float, share_std: float, bits: int) -> float:
     Args:
         clip: clip norm C > 0 of a code; one coordinate alone may reach it.
         share_std: standard deviation >= 0 of the noise on one message.
-        bits: 8, 16, or 32 for float32 codes, whose step is 1.
+        bits: 8, 16, or 32 and 64 for codes of floating point, whose step is 1.
     Raises:
         ValueError: for arguments out of range.
     """
@@ -35,7 +35,7 @@ def levels(clip: float, share_std: float, bits: int) -> float:
         raise ValueError(f"Expected clip={clip} > 0 and finite")
     if not 0 <= share_std < math.inf:
         raise ValueError(f"Expected share_std={share_std} >= 0 and finite")
-    if dtype_of(bits) == "float32":
+    if dtype_of(bits).startswith("float"):
         return 1.0
     return (clip + _TAIL * share_std) / _limit(bits)
 
@@ -46,9 +46,9 @@ def quantize(codes: np.ndarray, step: float, bits: int, uniforms: np.ndarray) ->
     Args:
         codes: [k] or [clients, k], finite.
         step: from `levels`.
-        uniforms: the same shape, independent and uniform on [0, 1); not read for 32 bits.
+        uniforms: the same shape, independent and uniform on [0, 1); not read for 32 or 64 bits.
     Returns:
-        Integers (float32 for 32 bits) of the codes' shape.
+        Integers (float32 for 32 bits, float64 for 64) of the codes' shape.
     Raises:
         ValueError: if a code is not finite, or the shapes differ.
     """
@@ -56,9 +56,9 @@ def quantize(codes: np.ndarray, step: float, bits: int, uniforms: np.ndarray) ->
     codes = np.asarray(codes, np.float64)
     if not np.isfinite(codes).all():
         raise ValueError("codes hold NaN or infinity")
-    if dtype == "float32":
-        largest = np.finfo(np.float32).max
-        return np.clip(codes, -largest, largest).astype(np.float32)
+    if dtype.startswith("float"):
+        largest = np.finfo(dtype).max
+        return np.clip(codes, -largest, largest).astype(dtype)
     uniforms = np.asarray(uniforms, np.float64)
     if uniforms.shape != codes.shape:
         raise ValueError(f"uniforms have shape {list(uniforms.shape)}, expected {list(codes.shape)}")
@@ -67,7 +67,7 @@ def quantize(codes: np.ndarray, step: float, bits: int, uniforms: np.ndarray) ->
 
 
 def dequantize(lattice: np.ndarray, step: float) -> np.ndarray:
-    """Codes of the same shape in float64; float32 codes pass through."""
+    """Codes of the same shape in float64; codes of floating point pass through."""
     lattice = np.asarray(lattice)
     return lattice.astype(np.float64) * (step if np.issubdtype(lattice.dtype, np.integer) else 1.0)
 

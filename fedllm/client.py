@@ -27,8 +27,7 @@ def unit_vectors(updates: Tensor, encode: Encode, spec: PrivateSum) -> Tensor:
     """
     vectors = updates if spec.noise_in == "update" else encode(updates)
     if not spec.private:
-        if not torch.isfinite(vectors).all():
-            raise FloatingPointError("a client's update is not finite")
+        expect_finite(vectors)
         return vectors
     clipped = clip_by_group(vectors, spec.clip, spec.groups) if spec.groups else clip_units(vectors, spec.clip)
     if spec.bit_weight == 0:
@@ -36,6 +35,12 @@ def unit_vectors(updates: Tensor, encode: Encode, spec: PrivateSum) -> Tensor:
     norms = unit_norms(vectors)
     bits = torch.where(norms.isfinite(), clip_bits(norms, spec.clip), 0.0) * spec.bit_weight
     return torch.cat([clipped.double(), bits[:, None]], dim=1)
+
+
+def expect_finite(vectors: Tensor) -> None:
+    """Without privacy, where nothing replaces it: raise FloatingPointError for a value of a client that is not finite."""
+    if not torch.isfinite(vectors).all():
+        raise FloatingPointError("a client's update is not finite")
 
 
 def message(vector: Tensor, spec: PrivateSum, client: int, noise: Noise, encode: Encode) -> bytes:
@@ -50,4 +55,4 @@ def message(vector: Tensor, spec: PrivateSum, client: int, noise: Noise, encode:
     if spec.noise_in == "update":
         noisy = encode(torch.from_numpy(noisy).float()[None])[0].double().numpy()
     uniforms = noise.uniform(noisy.shape, purpose="rounding", **key) if spec.bits != 32 else np.zeros(0)
-    return pack(spec.header(client), quantize(noisy, spec.scale, spec.bits, uniforms))
+    return pack(spec.header(client), quantize(noisy, spec.scale, spec.wire_bits, uniforms))

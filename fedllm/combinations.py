@@ -116,6 +116,11 @@ def check_combination(config: Config, published: bool) -> None:
             f"codec.bits={codec.bits}: expected 32 with privacy.noise=central and privacy.unit={privacy.unit}; "
             f"rounding before the noise would need a second clip per {privacy.unit}, which the server cannot do"
         )
+    if privacy.enabled and privacy.noise == "central" and privacy.unit != "client" and privacy.noise_in == "update":
+        raise UserError(
+            f"privacy.noise_in=update: expected code with privacy.noise=central and privacy.unit={privacy.unit}; "
+            f"a sum of {privacy.unit}s that is encoded before the noise is rounded before it"
+        )
     if privacy.unit == "example" and fed.local.steps != 1:
         raise UserError(f"federation.local.steps={fed.local.steps}: expected 1 with privacy.unit=example, whose unit is one gradient")
     if privacy.unit != "client" and (codec.family in NOT_SUMMABLE or codec.error_feedback):

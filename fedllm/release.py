@@ -98,6 +98,15 @@ class PrivateSum:
         return self.sum_std / self.expected
 
     @property
+    def wire_bits(self) -> int:
+        """Bits of a number in a message.
+
+        A sum of several units' vectors that gets its noise at the server travels in float64: rounded to float32 it could move by more
+        than C when one unit joins, by 1e-4 C with 2,000 aligned units.
+        """
+        return 64 if self.private and self.noise == "central" and self.unit != "client" and self.bits == 32 else self.bits
+
+    @property
     def scale(self) -> float:
         """Step of the lattice: a function of C, z and the bit width, the same for all.
 
@@ -117,7 +126,7 @@ class PrivateSum:
             round=self.round,
             codec=self.codec,
             code_size=self.size,
-            dtype=dtype_of(self.bits),
+            dtype=dtype_of(self.wire_bits),
             scale=self.scale,
             clients=self.clients,
         )

@@ -167,7 +167,8 @@ def population(config: Config) -> str:
     """
     task = config.task
     partition = dataclasses.asdict(config.federation.partition) if config.privacy.unit == "client" else None
-    made_of = [task.test, task.eval_examples, dataclasses.asdict(task.columns), partition]
+    columns = {name: column for name, column in dataclasses.asdict(task.columns).items() if name != "public"}  # no unit's data
+    made_of = [task.test, task.eval_examples, columns, partition]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -101,7 +101,7 @@ class CodecConfig:
     refresh: int = 3  # refit every this many rounds (prior: public); 0: never
     fit_at: str = "server"  # server: clients fetch the codec | client: they fit their own, and fetch it only where fingerprints differ
     decode: str = "mean"  # mean: once, the mean code | each: every message, then the mean (noise: local, or no privacy)
-    bits: int = 16  # 8 | 16 | 32 (float32, not quantized)
+    bits: int = 16  # 8 | 16 | 32 (float32, not quantized; float64 for sums of units with noise: central)
     public_examples: int = 160  # public gradients at each fit; a fifth is held out for the clip norm
     public_labels: str = "random"  # of those examples: random | model (drawn from its own prediction at each fit)
     public_memory: int = 0  # earlier refits whose public gradients stay in the prior, weighing half as much with every refit

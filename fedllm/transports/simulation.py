@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dr_encoder.codecs import Codec
 from dr_encoder.feedback import ErrorFeedback
-from fedllm.client import Encode, message, unit_vectors
+from fedllm.client import Encode, expect_finite, message, unit_vectors
 from fedllm.codec_fit import Announcement, client_fit
 from fedllm.privacy.noise import Noise
 from fedllm.public import PublicGradients
@@ -84,6 +84,7 @@ class Simulation:
         def vectors(where: slice, updates: Tensor) -> Tensor:
             if self.feedback is None:
                 return unit_vectors(updates, encode, spec)
+            expect_finite(updates)
             return torch.stack([self.feedback.compress(*one) for one in zip(cohort[where].tolist(), updates, strict=True)])
 
         records = [self.setting.partition.records(client) for client in cohort]

@@ -53,7 +53,7 @@ def forged(packed: bytes, body: bytes, **changes: str) -> bytes:
     return framed(content, body)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int16", "float32"])
+@pytest.mark.parametrize("dtype", ["int8", "int16", "float32", "float64"])
 def test_what_is_packed_comes_back(dtype):
     code = np.arange(-64, 64).astype(dtype)
     client, back = wire.unpack(wire.pack(header(), code), dataclasses.replace(EXPECTED, dtype=dtype))

@@ -46,7 +46,7 @@ def test_thirty_two_bits_pass_through():
 
 
 def test_dtypes():
-    assert [lattice.dtype_of(bits) for bits in (8, 16, 32)] == ["int8", "int16", "float32"]
+    assert [lattice.dtype_of(bits) for bits in (8, 16, 32, 64)] == ["int8", "int16", "float32", "float64"]
     codes = np.zeros((3, 5))
     assert lattice.quantize(codes, 1.0, 8, codes).dtype == np.int8
     assert lattice.quantize(codes, 1.0, 16, codes).shape == (3, 5)

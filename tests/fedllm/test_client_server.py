@@ -186,6 +186,21 @@ def test_a_trusted_server_clips_a_client_but_not_a_sum_of_users(unit):
     assert float(mean.norm()) * what.expected == pytest.approx(0.5 if unit == "client" else 2.0, rel=1e-3)
 
 
+def test_one_unit_more_moves_a_trusted_servers_sum_by_the_sensitivity(monkeypatch):
+    """A sum of 2,000 aligned units: float32 in the message would round it by more than the accountant allows for."""
+    monkeypatch.setattr(Noise, "gaussian", lambda self, shape, std, **key: np.zeros(shape))  # rounding alone
+    noise, what = Noise(seed=6), spec(noise="central", unit="example", bits=32)
+    unit = torch.rand(SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    unit *= what.clip / unit.norm()
+
+    def received(units):
+        (sent,) = sent_by(what, [0], noise, units * unit)
+        return unpack(sent, what.expects())[1].astype(np.float64)
+
+    moved = [np.linalg.norm(received(units + 1) - received(units)) for units in range(1990, 2010)]
+    assert max(moved) <= what.sensitivity * (1 + 1e-9)
+
+
 # -- clip groups, weights --------------------------------------------------------------------------------------------------------------
 
 GROUPS = tuple(((start, start + 100),) for start in range(0, SIZE, 100))  # 4 groups: the sensitivity is 2 C

@@ -198,6 +198,10 @@ def test_an_example_is_the_same_one_whoever_holds_it(configured):
     assert run.population(configured("c", *iid)) != run.population(configured("d", *column))
 
 
+def test_where_public_text_stands_says_nothing_of_who_is_who(configured):
+    assert run.population(configured("a")) == run.population(configured("b", "task.columns.public=body"))
+
+
 @pytest.mark.parametrize("unit", [EXAMPLES, USERS])
 def test_clients_share_batches_and_keep_their_own_sums(unit, simulation):
     """Many clients of few units train at the speed of full batches; each message is the sum of its own client's units."""

@@ -14,6 +14,7 @@ from fedllm.federation import Federation
 from fedllm.privacy import adversaries
 from fedllm.privacy.ledger import Ledger, counted, read_ledger
 from fedllm.server import ServerOptimizer
+from fedllm.training.engine import TorchEngine
 from fedllm.transports.simulation import Simulation
 from tests.fedllm.runs import MOMENTS, SETTINGS, Killed, adapter_of, told
 
@@ -223,6 +224,18 @@ def test_two_runs_started_at_once_into_one_folder(configured, tmp_path, monkeypa
         run.train(other)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["ledger.jsonl"]
     assert config.output_dir == other.output_dir
+
+
+def test_a_non_finite_update_under_error_feedback_stops_the_run(configured, monkeypatch):
+    real = TorchEngine.updates
+
+    def broken(self, data, units, *args):
+        for where, updates in real(self, data, units, *args):
+            yield where, updates * math.nan
+
+    monkeypatch.setattr(TorchEngine, "updates", broken)
+    with pytest.raises(RunStopped, match=r"round 1: a client's update is not finite"):
+        run.train(configured("run", *SETTINGS["feedback"], "codec.prior=none"))
 
 
 def test_a_non_finite_aggregate_stops_the_run_and_keeps_the_state(configured, reference, tmp_path, monkeypatch):
