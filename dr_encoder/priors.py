@@ -21,7 +21,7 @@ from dr_encoder.layout import AdapterLayout
 
 STAGE_1 = "stage 1 (in the ledger)"
 PUBLIC = "none: public text"
-GENERATED = "none: text that the base model wrote"
+GENERATED = "none: text that a language model wrote"
 RELEASED = "none: post-processing of released codes"
 RANDOM = "none: random numbers of a public seed"
 
@@ -79,7 +79,7 @@ def from_moments(layout: AdapterLayout, mean: Tensor, std: Tensor) -> GaussianPr
 
 
 def from_public_gradients(layout: AdapterLayout, rows: Tensor, generated: bool = False) -> GaussianPrior:
-    """Prior with the second moment of public gradients [count, n]; generated: of text that the base model wrote. Costs nothing.
+    """Prior with the second moment of public gradients [count, n]; generated: of text that a language model wrote. Costs nothing.
 
     Raises ValueError for non-finite or all-zero rows.
     """

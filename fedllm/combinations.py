@@ -273,8 +273,8 @@ def check_public(config: Config) -> None:
         raise UserError("codec.public_labels=model: expected random with task.kind=text, which has no labels")
     if task.public != GENERATED:
         return
-    if task.kind == "classify":
-        raise UserError(f"task.public={GENERATED}: expected a source of text with task.kind=classify, whose model writes none")
+    if task.kind == "classify" and task.generate.model is None:
+        raise UserError(f"task.public={GENERATED}: expected task.generate.model with task.kind=classify, whose own model writes no text")
     if task.generate.count < needed:
         raise UserError(f"task.generate.count={task.generate.count}: expected at least codec.public_examples={needed}")
 

@@ -16,7 +16,7 @@ from fedllm.gguf_cache import converted
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 KINDS = ("labels", "classify", "text")
 BFLOAT16_GAIN = 1.5  # bfloat16 is taken when its matrix products are this many times faster
@@ -57,6 +57,13 @@ def load_model(
     else:
         model = add_adapter(base, kind, name=name, r=r, alpha=alpha, targets=targets, train=train, seed=seed)
     return model, _tokenizer(folder, name)
+
+
+def load_writer(name: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """A causal LM as it is, without an adapter, and its tokenizer: it writes public text. name, and what is raised, as in `load_model`."""
+    quiet()
+    folder = resolve(name)
+    return _load_base(folder, name, "text", 2, resolve_dtype("auto"), "cpu"), _tokenizer(folder, name)
 
 
 def empty_model(name: str, kind: str = "labels", *, labels: int = 2, **adapter: object) -> "PeftModel":

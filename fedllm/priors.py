@@ -70,7 +70,7 @@ class Past:
 class Given:
     """What a prior may be made of: gradients of public text at the model as it stands, what earlier rounds left, a public seed.
 
-    generated: whether the base model wrote that text. real: clients' own gradients, for `real` alone.
+    generated: whether a language model wrote that text. real: clients' own gradients, for `real` alone.
     """
 
     layout: AdapterLayout

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-GENERATED = "generated"  # task.public: text that the base model writes itself, see `data/generated.py`
+GENERATED = "generated"  # task.public: text that a language model writes, see `data/generated.py`
 
 
 @dataclass
@@ -24,7 +24,8 @@ class ColumnsConfig:
 
 @dataclass
 class GenerateConfig:
-    prompt: str = "Write a few sentences about {words}."  # asked of the base model; {words} becomes two everyday words
+    prompt: str = "Write a few sentences about {words}."  # asked of the writer; {words} becomes two everyday words
+    model: str | None = None  # the writer: a causal LM, null for the base model itself
     count: int = 400
     max_new_tokens: int = 48
 

@@ -45,7 +45,7 @@ def build(config: Config, public_seed: int, adapter: Path | None = None, phase: 
     no public text then. phase: shows what takes long, as of `Monitor`.
     Raises UserError for anything the config names that is not there.
     """
-    from fedllm.models import load_model, resolve
+    from fedllm.models import load_model, load_writer, resolve
 
     task = config.task
     make_engine = ENGINES[config.engine.name](config)
@@ -66,8 +66,12 @@ def build(config: Config, public_seed: int, adapter: Path | None = None, phase: 
     objective, encode = make_objective(config, tokenizer, names)
     public = None
     if task.public is not None and adapter is None:
-        if task.public == GENERATED:  # by the base model: LoRA's start changes nothing yet
-            texts = generated.texts(model.get_base_model(), tokenizer, resolve(config.model.name), task.generate, phase or Display().phase)
+        if task.public == GENERATED:
+            source = resolve(task.generate.model or config.model.name)
+            # LoRA's start changes nothing of what the base writes.
+            own = task.generate.model is None
+            writer = (lambda: (model.get_base_model(), tokenizer)) if own else (lambda: load_writer(task.generate.model))
+            texts = generated.texts(writer, source, task.generate, phase or Display().phase)
         else:
             texts = sources.load(task.public, eval_examples=1, labelled=False, text=task.columns.public).train.texts
         public = public_examples(config, encode, len(names), public_seed, texts)

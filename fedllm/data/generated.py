@@ -1,7 +1,8 @@
-"""Public text that the base model writes itself, before any training: it costs no privacy, and nobody has to bring any.
+"""Public text that a language model writes, before any training: it costs no privacy, and nobody has to bring any.
 
-The texts are a function of the base model, the request and a public seed. They are free as long as the base model was not trained on the
-clients' data.
+The texts are a function of that model, the request and a public seed. They are free as long as the writer was not trained on the clients'
+data, and the request says no more of these than everybody may know (that they are film reviews, say). The writer is the base model, or
+another one for a base that writes nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 
     from fedllm.monitor import Phase
 
+    Writer = Callable[[], tuple[nn.Module, PreTrainedTokenizerBase]]
+
 SEED = 0  # public, and the same for every run: all runs of a model share the texts, and so do all clients
-BATCH = 32
+BATCH = 100
 TEMPERATURE, TOP_P = 0.9, 0.95
 LEAST_TOKENS = 8  # of a text
 # Two of these in every request: from one and the same request a small model writes one and the same text.
@@ -42,11 +45,12 @@ WORDS = (
 )  # fmt: skip
 
 
-def texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: str, task: GenerateConfig, phase: Phase) -> list[str]:
-    """Texts of the base model, from the cache folder or written once and kept there; blank ones are left out.
+def texts(open_writer: Writer, source: str, task: GenerateConfig, phase: Phase) -> list[str]:
+    """Texts of the writer, from the cache folder or written once and kept there; blank ones are left out.
 
     Args:
-        model: a causal LM as it was before any training; source: the folder or hub id that it was loaded from.
+        open_writer: gives a causal LM as it was before any training, and its tokenizer; asked only where there is something to write.
+        source: the folder or hub id that the model comes from.
         task: what is asked for, how many texts, how many tokens each at most.
         phase: (text, total) -> context that gives advance(count), as of `Monitor`.
     Raises: UserError where the cache folder cannot be written.
@@ -56,9 +60,9 @@ def texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: str, tas
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with phase(f"the base model writes {task.count} texts", total=task.count) as advance:
+        with phase(f"{task.model or 'the base model'} writes {task.count} texts", total=task.count) as advance:
             found = []
-            for some in write(model, tokenizer, task):
+            for some in write(*open_writer(), task):
                 found += some
                 advance(len(some))
         found = [text for text in found if text]
@@ -78,7 +82,7 @@ def key(source: str, task: GenerateConfig) -> str:
     folder = Path(source)
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     model = [source, *(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)]
-    values = [model, task.prompt, task.count, task.max_new_tokens, SEED, TEMPERATURE, TOP_P, WORDS]
+    values = [model, task.prompt, task.count, task.max_new_tokens, SEED, BATCH, TEMPERATURE, TOP_P, WORDS]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 

@@ -273,7 +273,7 @@ COMBINATIONS = [
     ([*USER, "federation.unit_sampling_rate=0"], "federation.unit_sampling_rate=0"),
     ([*USER, "federation.unit_sampling_rate=1.1"], "federation.unit_sampling_rate=1.1"),
     (["task.public=movie-reviews"], "task.public=movie-reviews: expected a source other than"),
-    (["task.public=generated", "task.kind=classify"], "task.public=generated: expected a source of text with task.kind=classify"),
+    (["task.public=generated", "task.kind=classify"], "task.public=generated: expected task.generate.model with task.kind=classify"),
     (["task.public=generated", "task.generate.count=159"], "task.generate.count=159: expected at least codec.public_examples=160"),
     (["codec.fit_at=client", "codec.public_memory=1"], "codec.fit_at=client: expected server with codec.public_memory=1"),
     (["codec.prior=moments", "codec.public_memory=1"], "codec.public_memory=1: expected 0 with codec.prior=moments"),

@@ -9,7 +9,7 @@ from fedllm import run
 from fedllm.data import generated, sources
 from fedllm.errors import UserError
 from fedllm.evaluation import evaluate_run
-from fedllm.models import load_model
+from fedllm.models import load_model, load_writer
 from fedllm.monitor import Display
 from fedllm.privacy.ledger import read_ledger
 from fedllm.schema import GenerateConfig
@@ -36,7 +36,7 @@ def written(loaded, task=TASK):
 
 
 def texts(loaded, tiny, display):
-    return generated.texts(*loaded, str(tiny / "model"), TASK, display.phase)
+    return generated.texts(lambda: loaded, str(tiny / "model"), TASK, display.phase)
 
 
 def test_the_texts_are_a_function_of_the_model_and_the_request(loaded):
@@ -46,7 +46,7 @@ def test_the_texts_are_a_function_of_the_model_and_the_request(loaded):
     torch.manual_seed(1)
     assert written(loaded) == first
     assert len(first) == 37 and len(set(first)) > 30
-    assert written(loaded, GenerateConfig("a story", 37, 6)) != first
+    assert written(loaded, GenerateConfig("a story", None, 37, 6)) != first
 
 
 def test_a_batch_is_what_a_plain_loop_writes(loaded, monkeypatch):
@@ -142,6 +142,16 @@ def test_the_base_model_writes_whatever_the_lora_start_is(configured, tmp_path, 
         run.train(configured(f"run{seed}", *SMALL, f"seed={seed}", "federation.rounds=1"))
         found.append([file.read_bytes() for file in (tmp_path / "cache" / "generated").iterdir()])
     assert found[0] == found[1]
+
+
+def test_another_model_writes_for_one_that_cannot(configured, tiny, tmp_path, no_plot, monkeypatch):
+    """A classifier's public text is what the named model writes, asked with nothing but the request."""
+    more = ["task.kind=classify", "task.prompt=null", "task.words=null", f"task.generate.model={tiny / 'model'}"]
+    results = run.train(configured("run", *SMALL, *more, "task.generate.prompt=the film of {words}", "federation.rounds=1"))
+    assert results["rounds"] == 1
+    (file,) = (tmp_path / "cache" / "generated").iterdir()
+    writer, request = str(tiny / "model"), GenerateConfig("the film of {words}", None, 40, 6)
+    assert json.loads(file.read_text()) == [text for text in written(load_writer(writer), request) if text]
 
 
 def test_generated_text_has_no_labels():
