@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dr_encoder.codecs import Codec
+from dr_encoder.layout import AdapterLayout
 from dr_encoder.message import pack
+from dr_encoder.moments import unit_moments
 from dr_encoder.quantize import quantize
 from fedllm.privacy.clipping import clip_bits, clip_by_group, clip_units, unit_norms
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
 
 Encode = Callable[[Tensor], Tensor]  # [units, n] -> [units, size]
+
+
+@dataclass(frozen=True)
+class UnitMoments:
+    """Stage 1's encode: moments of each factor [units, 2 L] in units of the public `scale` [L]."""
+
+    layout: AdapterLayout
+    scale: Tensor
+
+    def __call__(self, updates: Tensor) -> Tensor:
+        return unit_moments(updates, self.layout, self.scale)
+
+
+def code_of(codec: Codec, adapter: Tensor | None) -> Encode:
+    """Stage 2's encode: codes of updates; with the `adapter` [n] that they start from, of the way from the new adapter to zero."""
+    return codec.encode if adapter is None else lambda updates: codec.encode(updates - adapter)
 
 
 def unit_vectors(updates: Tensor, encode: Encode, spec: PrivateSum) -> Tensor:

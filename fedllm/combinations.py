@@ -34,7 +34,7 @@ NOT_SUMMABLE = ("topk", "powersgd")  # a code stands for its own update alone: n
 
 SERVER_OPTIMIZERS = ("sgd", "momentum", "adam", "adagrad", "yogi", "fedavg", "fedavgm", "fedadam", "fedadagrad", "fedyogi")
 ENGINE_NAMES = ("torch", "deepspeed")
-PARALLEL_MODES = ("none", "data")
+PARALLEL_MODES = ("none", "clients", "data")
 AVERAGING = ("sgd", "fedavg")  # server optimisers that with lr 1 are the plain average
 AGGREGATIONS = ("mean", "stack", "residual")
 SCAFFOLD = (

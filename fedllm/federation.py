@@ -21,15 +21,13 @@ from dr_encoder.priors import GaussianPrior, factor_rms, from_moments
 from fedllm import evaluation, priors, public, real, records
 from fedllm.aggregation import AGGREGATIONS
 from fedllm.checkpoint import Checkpoints
-from fedllm.client import Encode
+from fedllm.client import Encode, UnitMoments, code_of
 from fedllm.codec_fit import Announcement, choose_size, fit_codec, whole
 from fedllm.errors import RunStopped
 from fedllm.mechanism import Mechanism
 from fedllm.monitor import Monitor
-from fedllm.privacy import adversaries, guard
-from fedllm.privacy.calibration import update_multiplier
+from fedllm.privacy import guard
 from fedllm.privacy.clipping import next_clip, noisy_fraction
-from fedllm.privacy.events import sum_multiplier
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
@@ -37,8 +35,9 @@ from fedllm.schema import Config
 from fedllm.server import SCHEDULES, ServerOptimizer, decoded_mean, noisy_mean
 from fedllm.setting import Setting
 from fedllm.stopwatch import Stopwatch
+from fedllm.sums import Sums
 from fedllm.training.engine import Evaluation
-from fedllm.transports import TRANSPORTS
+from fedllm.transports import TRANSPORTS, transport_of
 
 FIXED = "fixed."  # in a checkpoint: LoRA factors that no seed gives back
 
@@ -75,17 +74,18 @@ class Federation:
     ):
         self.config, self.setting, self.ledger, self.checkpoints = config, setting, ledger, checkpoints
         self.monitor, self.watch = monitor, watch
-        multipliers = ledger.header["noise_multipliers"]
-        self.stage1_multiplier, self.multiplier = multipliers["stage1"] or 0.0, multipliers["stage2"] or 0.0
         self.engine = setting.engine
         self.run_id: str = ledger.header["run"]
+        self.mechanism = Mechanism.of(config, self.engine.layout, setting.partition)
+        multipliers = ledger.header["noise_multipliers"]
+        stage1, stage2 = multipliers["stage1"] or 0.0, multipliers["stage2"] or 0.0
+        self.sums = Sums(config, setting.partition, self.mechanism, self.run_id, stage1, stage2)
         self.noise = Noise(config.seed)
-        self.transport = TRANSPORTS[config.federation.transport](setting, config, self.noise, watch)
+        self.transport = TRANSPORTS[transport_of(config)](setting, config, self.noise, watch)
         self.optimizer = ServerOptimizer(self.engine.adapter(), config.federation.server)
         self.aggregation = AGGREGATIONS[config.federation.aggregation](self.engine.model, self.engine.layout, self.public_seed)
         self.codec: Codec | None = None
         self.moments: Tensor | None = None
-        self.mechanism = Mechanism.of(config, self.engine.layout, setting.partition)
         self.past = priors.Past()
         self.progress = Progress()
         self.warned = False  # of clients whose codec differs
@@ -125,14 +125,11 @@ class Federation:
         with self.watch.phase("stage1"):
             rows = public.gradients(self.setting, self.config, self.public_seed, 0)
         scale = factor_rms(self.engine.layout, rows.fit).clamp_min(1e-12)
-
-        def encode(updates: Tensor) -> Tensor:
-            return moments.unit_moments(updates, self.engine.layout, scale)
-
+        encode = UnitMoments(self.engine.layout, scale)
         clip = public.clip_norm(rows, encode, self.config, self.unit_examples)
         size = 2 * len(self.engine.layout.factors)
         while self.progress.warmup_rounds < settings.warmup_rounds:
-            spec = self.stage1_spec(self.progress.warmup_rounds, size, clip)
+            spec = self.sums.stage1(self.progress.warmup_rounds, size, clip)
             if not self.allowed(spec):  # after repeated attempts: the prior is then made of fewer rounds
                 self.monitor.say(f"stage 1 stopped: the budget allows no warm-up round after {self.progress.warmup_rounds}")
                 break
@@ -146,7 +143,7 @@ class Federation:
             self.progress.stopped = "the budget allows no warm-up round"
             return False
         with self.watch.phase("codec"):
-            noise_std = self.stage1_spec(0, size, clip).mean_std / done**0.5
+            noise_std = self.sums.stage1(0, size, clip).mean_std / done**0.5
             mean, std = moments.moments_to_std(self.moments / done, scale, noise_std=noise_std)
             prior = from_moments(self.engine.layout, mean, std)
         self.fit(prior, rows)
@@ -159,14 +156,14 @@ class Federation:
         number = self.progress.rounds
         if self.config.codec.prior != "moments" and self.due(number):
             self.refit(number)
-        spec = self.stage2_spec(number)
+        spec = self.sums.stage2(number, self.progress.codec, self.progress.prior, self.codec.code_size, self.progress.clip or float("inf"))
         if not self.allowed(spec):
             self.progress.stopped = f"the budget allows no round after {number}"
             self.monitor.say(f"stopped: {self.progress.stopped}; round {number + 1} would exceed the target")
             return False
         self.aggregation.begin(self.engine.adapter(), self.mechanism.of_state)
         with self.monitor.phase(f"round {number + 1} of {fed.rounds}: local training"):
-            mean = self.private_mean(spec, self.encode if self.mechanism.of_state else None)
+            mean = self.private_mean(spec)
         code = update = mean
         if not spec.each:
             code = self.adapt_clip(mean, spec)
@@ -205,10 +202,6 @@ class Federation:
             except FloatingPointError as error:
                 raise RunStopped(f"round {spec.round + 1}: {error}; the state after round {spec.round} is kept") from None
 
-    def encode(self, updates: Tensor) -> Tensor:
-        """What units send of their updates [units, n], before clip and noise: codes [units, size]."""
-        return self.codec.encode(updates - self.engine.adapter() if self.mechanism.of_state else updates)
-
     def refit(self, number: int) -> None:
         """A new codec from public text; its gradients are let go of before clients train."""
         with self.watch.phase("local_training"), self.monitor.phase(f"round {number + 1}: public gradients"):
@@ -219,8 +212,7 @@ class Federation:
         """Clients' raw gradients, where the codec is to learn from them: entered as the release that it is."""
         if self.config.codec.prior != "real":
             return None
-        spec = self.spec(1, number, "none", "real", 0, float("inf"), 0.0, noise_in="code", raw=adversaries.RAW_GRADIENTS)
-        self.ledger.append(spec.ledger_entry(self.noise.rng))
+        self.ledger.append(self.sums.raw_gradients(number).ledger_entry(self.noise.rng))
         return real.gradients(self.setting, self.config, self.public_seed)
 
     def decode_one(self, code: Tensor) -> Tensor:
@@ -243,7 +235,7 @@ class Federation:
         """Fit the codec to a prior, and take the clip norm from held-out public gradients."""
         settings, layout = self.config.codec, self.engine.layout
         parts = max(1, len(self.mechanism.groups))
-        noise_std = sum_multiplier(self.config.privacy.noise, self.multiplier, self.shares) * parts**0.5 / max(self.expected, 1.0)
+        noise_std = self.sums.code_noise
         seed, size = self.public_seed + self.progress.rounds, settings.code_size
         with self.watch.phase("codec"), self.monitor.phase(f"fitting the {settings.family} codec"):
             if size == "auto":
@@ -256,7 +248,8 @@ class Federation:
             self.progress.prior = f"{prior.name}:{prior.fingerprint()}" if prior is not None else "none"
             first = self.progress.clip is None
             if self.config.privacy.enabled and (first or self.config.privacy.clip.mode == "fixed"):
-                encode = whole if self.config.privacy.noise_in == "update" else self.encode
+                origin = self.engine.adapter() if self.mechanism.of_state else None
+                encode = whole if self.config.privacy.noise_in == "update" else code_of(self.codec, origin)
                 self.progress.clip = public.clip_norm(rows, encode, self.config, self.unit_examples, parts)
             self.checkpoints.save_codec(self.codec, self.progress.codec)
             self.hand_over(Announcement(self.progress.codec, self.progress.rounds, size, noise_std, self.public_seed), rows)
@@ -277,77 +270,6 @@ class Federation:
         below = noisy_fraction(float(mean[-1]) / spec.bit_weight, 1.0)
         self.progress.clip = next_clip(spec.clip, below, clip.quantile, clip.lr)
         return mean[:-1]
-
-    def stage1_spec(self, number: int, size: int, clip: float) -> PrivateSum:
-        """What warm-up round `number` will release."""
-        privacy = self.config.privacy
-        raw = adversaries.RAW_MOMENTS if privacy.enabled and privacy.stage1_share == 0 else ""
-        return self.spec(1, number, "moments", "none", size, clip, self.stage1_multiplier, noise_in="code", raw=raw)
-
-    def stage2_spec(self, number: int) -> PrivateSum:
-        """What round `number` will release."""
-        privacy = self.config.privacy
-        clip = self.progress.clip if privacy.enabled else float("inf")
-        weight = 0.0
-        if privacy.enabled and privacy.clip.mode == "adaptive":
-            of_sum = sum_multiplier(privacy.noise, self.multiplier, self.shares)
-            weight = clip * update_multiplier(of_sum, privacy.clip.bit_multiplier) / privacy.clip.bit_multiplier
-        size = self.codec.code_size + (weight > 0)
-        return self.spec(2, number, self.progress.codec, self.progress.prior, size, clip, self.multiplier, privacy.noise_in, weight)
-
-    def spec(
-        self,
-        stage: int,
-        number: int,
-        codec: str,
-        prior: str,
-        size: int,
-        clip: float,
-        multiplier: float,
-        noise_in: str,
-        bit_weight: float = 0.0,
-        raw: str = "",
-    ) -> PrivateSum:
-        """The public description of one private sum of this run."""
-        config = self.config
-        return PrivateSum(
-            run=self.run_id,
-            stage=stage,
-            round=number,
-            codec=codec,
-            prior=prior,
-            size=size,
-            clip=clip if config.privacy.enabled and not raw else float("inf"),
-            noise=config.privacy.noise,
-            noise_in=noise_in,
-            noise_multiplier=multiplier if config.privacy.enabled else 0.0,
-            shares=self.shares,
-            sampling_rate=self.sampling_rate,
-            max_cohort=config.federation.max_cohort if config.privacy.unit == "client" else None,
-            expected=self.expected,
-            unit=config.privacy.unit,
-            clients=self.setting.partition.clients,
-            bits=config.codec.bits,
-            bit_weight=bit_weight,
-            each=stage == 2 and config.codec.decode == "each",
-            groups=self.mechanism.groups if stage == 2 else (),
-            weights=self.mechanism.weights if stage == 2 else None,
-            raw=raw,
-        )
-
-    @property
-    def shares(self) -> int:
-        """Noise shares of every sum: of the largest cohort, or of all clients where all take part."""
-        return self.config.federation.max_cohort if self.config.privacy.unit == "client" else self.setting.partition.clients
-
-    @property
-    def sampling_rate(self) -> float:
-        return sampling_rate(self.config)
-
-    @property
-    def expected(self) -> float:
-        """Expected cohort, the divisor."""
-        return self.sampling_rate * self.setting.partition.unit_count
 
     @property
     def unit_examples(self) -> int:
@@ -422,21 +344,15 @@ class Federation:
         for phase, seconds in self.progress.seconds.items():
             self.watch.seconds[phase] += seconds
         self.optimizer.restore(tensors)
-        self.engine.load(tensors["adapter"])
         self.aggregation.restore(tensors)
         for name, value in self.setting.fixed.items():
             value.detach().copy_(tensors[FIXED + name])
+        self.engine.load(tensors["adapter"])  # last: with all that it stands on
         self.moments = tensors.get("moments")
         self.past = priors.Past.from_state(tensors)
         if self.progress.codec is not None:
             self.codec = self.checkpoints.load_codec(self.progress.codec)
             self.transport.restore(self.codec, tensors)
-
-
-def sampling_rate(config: Config) -> float:
-    """Poisson rate q of a unit: expected_cohort / clients, or the users' own rate."""
-    fed = config.federation
-    return fed.expected_cohort / fed.clients if config.privacy.unit == "client" else fed.unit_sampling_rate
 
 
 def public_seed(run_id: str, config: Config) -> int:

@@ -67,6 +67,17 @@ def _with_dense(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) ->
     return output if layer.disable_adapters else output + F.linear(inputs[0].float(), layer.dense).to(output.dtype)
 
 
+def beside_adapter(model: nn.Module) -> dict[str, Tensor]:
+    """What of a model is neither trained nor its base's, by name, to be read or written in place: fixed factors, dense matrices."""
+    found = {}
+    for name, layer in lora_layers(model).items():
+        factors = {f"{name}.A": layer.lora_A[ADAPTER].weight, f"{name}.B": layer.lora_B[ADAPTER].weight}
+        found |= {key: value for key, value in factors.items() if not value.requires_grad}
+        if getattr(layer, "dense", None) is not None:
+            found[f"{name}.dense"] = layer.dense
+    return found
+
+
 @torch.no_grad()
 def plain_factors(layer: nn.Module) -> tuple[Tensor, Tensor, float | None]:
     """A [rank, in], B [out, rank] of the plain layer that gives the same, and its alpha (None: the config's).

@@ -9,7 +9,6 @@ from typing import Any
 
 from dr_encoder.layout import AdapterLayout
 from fedllm.errors import UserError
-from fedllm.federation import sampling_rate
 from fedllm.methods import claim_of
 from fedllm.privacy import adversaries
 from fedllm.privacy.accountants.gdp import gdp_mu
@@ -20,6 +19,7 @@ from fedllm.privacy.groups import JOINT, clip_groups
 from fedllm.release import PrivateSum
 from fedllm.run import calibrate, resolve
 from fedllm.schema import Config
+from fedllm.sums import sampling_rate
 
 MOST_CLIENTS = 10**9
 STEP = 1.05  # how closely a needed cohort or population meets its threshold

@@ -19,7 +19,8 @@ class PrivateSum:
     size: length of the vector; clip: C, the norm of the vector or of each of its clip groups, inf without privacy; noise_multiplier: z,
     noise over `sensitivity`, of the sum ('distributed', 'central') or of each message ('local'), 0 without privacy; shares: M, how many
     noise shares the sum always carries; expected: the public divisor; bit_weight: length of the adaptive clip's bit, 0 without one;
-    each: whether messages are decoded one by one, so that the release depends on all of them; groups: what is clipped apart, none: the
+    each: whether messages are decoded one by one, so that the release depends on all of them; of_state: whether a message stands for
+    the new adapter itself and not for its change; groups: what is clipped apart, none: the
     whole vector together; weights: of each client's message in the sum, mean 1, public ('local' only); None: all 1; raw: the ledger's word
     for a release of a private run that no noise protects, empty where there is none.
     """
@@ -43,6 +44,7 @@ class PrivateSum:
     bits: int
     bit_weight: float = 0.0
     each: bool = False
+    of_state: bool = False
     groups: tuple[Group, ...] = ()
     weights: tuple[float, ...] | None = None
     raw: str = ""

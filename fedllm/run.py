@@ -17,23 +17,25 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedllm import evaluation
+from fedllm import evaluation, parallel
 from fedllm.checkpoint import Checkpoints, write_json, write_whole
 from fedllm.config import load_config, save_config
 from fedllm.errors import UserError
-from fedllm.federation import Federation, Progress, public_seed, sampling_rate
+from fedllm.federation import Federation, Progress, public_seed
 from fedllm.methods import claim_of
 from fedllm.models import resolve_dtype
 from fedllm.monitor import Monitor, open_display
+from fedllm.parallel import build
 from fedllm.privacy import adversaries, claims
 from fedllm.privacy.calibration import Calibration, calibrate_release, calibrate_server, update_multiplier
 from fedllm.privacy.events import sum_multiplier
 from fedllm.privacy.groups import clip_groups
 from fedllm.privacy.ledger import PART_NAME, Ledger
 from fedllm.privacy.noise import default_max_cohort
-from fedllm.schema import Config
-from fedllm.setting import Setting, build
+from fedllm.schema import Config, ParallelConfig
+from fedllm.setting import Setting
 from fedllm.stopwatch import Stopwatch
+from fedllm.sums import sampling_rate
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "dp-accounting")
 
@@ -49,12 +51,13 @@ def train(config: Config, before: evaluation.Evaluation | None = None) -> dict[s
     """
     run_dir = Path(config.output_dir)
     expect_no_run(run_dir)
+    parallel.check(config)
     watch = Stopwatch()
     with watch.phase("setup"):
         config = resolve(config)
         run_id = new_run_id(config)
         with open_display() as display:
-            setting = build(config, public_seed(run_id, config), phase=display.phase)
+            setting = build(config, public_seed(run_id, config), display.phase)
         check_sizes(config, setting)
         check_population(config, setting)
         groups = clip_groups(setting.engine.layout, config.privacy.clip.groups)
@@ -100,8 +103,10 @@ def resume(run_dir: str | Path) -> dict[str, Any]:
     with watch.phase("setup"):
         ledger = Ledger.open(run_dir / "ledger.jsonl")
         check_same(config, ledger.header, run_dir)
+        config = parallel.taken_up(config)
+        parallel.check(config)
         with open_display() as display:
-            setting = build(config, public_seed(ledger.header["run"], config), phase=display.phase)
+            setting = build(config, public_seed(ledger.header["run"], config), display.phase)
         if setting.partition.unit_count != ledger.header["units"]:
             raise UserError(f"{config.task.source}: {setting.partition.unit_count} units, the run began with {ledger.header['units']}")
     return _run(config, run_dir, setting, ledger, watch)
@@ -155,8 +160,8 @@ def new_run_id(config: Config) -> str:
 
 
 def fingerprint(config: Config) -> str:
-    """16 hex digits over all of a config but where it writes."""
-    values = dataclasses.asdict(config) | {"output_dir": None}
+    """16 hex digits over all of a config but where it writes and on how many ranks it runs."""
+    values = dataclasses.asdict(config) | {"output_dir": None, "parallel": dataclasses.asdict(ParallelConfig())}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -307,7 +312,7 @@ def gather(
         "parameters": setting.engine.layout.size,
         "code_size": federation.codec.code_size if federation.codec is not None else None,
         "clients": config.federation.clients,
-        "expected_cohort": round(federation.expected, 6),  # units; their number is public
+        "expected_cohort": round(federation.sums.expected, 6),  # units; their number is public
         "diagnostics": None,
         "history": progress.history,
         "seconds": watch.total(),

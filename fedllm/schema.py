@@ -153,7 +153,7 @@ class EngineConfig:
 
 @dataclass
 class ParallelConfig:
-    mode: str = "none"  # none | data (all ranks of a launch work on the same clients)
+    mode: str = "none"  # none | clients (each rank of a launch trains its share of the cohort) | data (all work on the same clients)
 
 
 @dataclass

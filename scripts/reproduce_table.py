@@ -53,10 +53,10 @@ def example_method() -> list[str]:
 def true_epsilon(accountant: str, config_file: str, overrides: list[str]) -> float:
     """The PLD epsilon of a config's rounds at the noise that another accountant chooses for its target."""
     from fedllm.config import load_config
-    from fedllm.federation import sampling_rate
     from fedllm.privacy import accountants
     from fedllm.privacy.claims import accountant_multiplier
     from fedllm.privacy.events import PoissonGaussianEvent
+    from fedllm.sums import sampling_rate
 
     config = load_config(config_file, overrides)
     target, rate, rounds = config.privacy.target, sampling_rate(config), config.federation.rounds

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
+from fedllm import ranks
 from fedllm.cli import codec, compare, evaluate, plan, privacy, train
 from fedllm.errors import RunStopped, UserError
 
@@ -31,7 +32,8 @@ DEBUG = "FEDLLM_DEBUG"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong use or bad config."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    sys.exit(ranks.among(lambda: run(arguments), _worker, _fail) if ranks.launched() else run(arguments))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -63,6 +65,12 @@ def run(arguments: Sequence[str]) -> int:
 def _fail(line: str, status: int) -> int:
     print("fedllm: error: " + " ".join(line.split()), file=sys.stderr)
     return status
+
+
+def _worker(team: ranks.Team):
+    from fedllm.parallel.worker import Worker
+
+    return Worker(team)
 
 
 def _where(error: OSError) -> str:

@@ -65,6 +65,13 @@ class Engine(Protocol):
     def probabilities(self, data: Encoded) -> Tensor: ...
 
 
+def chunks(count: int, length: int) -> Iterator[slice]:
+    """`count` units in parts whose updates, of `length` numbers each, are held at once."""
+    size = max(1, CHUNK_BYTES // (4 * length))
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
 class TorchEngine:
     """Local training and evaluation of one model.
 
@@ -101,10 +108,12 @@ class TorchEngine:
         the unit's mean loss, for several steps the sum of such along the unit's own path. prox: mu >= 0 of FedProx, whose loss has
         mu/2 |adapter - start|^2 beside (Li et al., arXiv 1812.06127); a single step starts where that is flat.
         """
-        size = max(1, CHUNK_BYTES // (4 * self.layout.size)) if steps == 1 else 1
-        for start in range(0, len(units), size):
-            where = slice(start, min(start + size, len(units)))
-            yield where, (self._gradients(data, units[where]).mul_(lr) if steps == 1 else self._path(data, units[start], steps, lr, prox))
+        if steps == 1:
+            for where in chunks(len(units), self.layout.size):
+                yield where, self._gradients(data, units[where]).mul_(lr)
+        else:
+            for place, unit in enumerate(units):
+                yield slice(place, place + 1), self._path(data, unit, steps, lr, prox)
 
     def batches(self, data: Encoded, units: list[np.ndarray]) -> Iterator[np.ndarray]:
         """Which units, of one example each, share a batch: their updates need not be held longer than it lasts."""

@@ -12,7 +12,9 @@ from fedllm.client import Encode
 from fedllm.codec_fit import Announcement
 from fedllm.errors import RunStopped
 from fedllm.public import PublicGradients
+from fedllm.ranks import team
 from fedllm.release import PrivateSum
+from fedllm.schema import Config
 
 TRANSPORTS: dict[str, Callable] = {}
 
@@ -56,4 +58,9 @@ def register(name: str):
     return add
 
 
-from fedllm.transports import simulation  # noqa: E402,F401
+def transport_of(config: Config) -> str:
+    """The name of a run's transport: its own, or the one over ranks where there are some."""
+    return "ranks" if config.parallel.mode == "clients" and team() is not None else config.federation.transport
+
+
+from fedllm.transports import ranks, simulation  # noqa: E402,F401

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dr_encoder.codecs import Codec
 from dr_encoder.feedback import ErrorFeedback
-from fedllm.client import Encode, expect_finite, message, unit_vectors
+from fedllm.client import Encode, code_of, expect_finite, message, unit_vectors
 from fedllm.codec_fit import Announcement, client_fit
 from fedllm.privacy.noise import Noise
 from fedllm.public import PublicGradients
@@ -50,10 +50,14 @@ class Simulation:
         if fetched:
             self.codec = copy()
             expect_codec(self.codec.fingerprint(), announced.codec)
-        self.held = announced.codec
-        if self.with_feedback:
-            self.feedback = ErrorFeedback(self.codec, {} if self.feedback is None else self.feedback.residuals)
+        self.hold(self.codec)
         return fetched
+
+    def hold(self, codec: Codec) -> None:
+        """From now on codes are this codec's."""
+        self.codec, self.held = codec, codec.fingerprint()
+        if self.with_feedback:
+            self.feedback = ErrorFeedback(codec, {} if self.feedback is None else self.feedback.residuals)
 
     def state(self) -> dict[str, Tensor]:
         """What clients remember from round to round, as named tensors for a checkpoint; nothing under privacy."""
@@ -68,18 +72,32 @@ class Simulation:
 
     def messages(self, spec: PrivateSum, encode: Encode | None = None) -> Iterator[bytes]:
         """Messages of the clients that take part in this round."""
+        self.expect(spec, encode)
+        yield from self.messages_of(self.taking_part(spec), spec, encode)
+
+    def expect(self, spec: PrivateSum, encode: Encode | None) -> None:
+        """Raise RunStopped where codes of another codec than the announced one would be sent."""
         if encode is None:
             expect_codec(self.held, spec.codec)
-            encode = self.codec.encode
-        vectors = self._of_clients(spec, encode) if spec.unit == "client" else self._of_units(spec, encode)
-        for client, vector in vectors:
+
+    def taking_part(self, spec: PrivateSum) -> np.ndarray:
+        """The clients of this round, drawn where the client is the unit (a truncated Poisson cohort); all of them elsewhere. Draw once."""
+        if spec.unit != "client":
+            return np.arange(spec.clients)
+        return self.noise.sample_cohort(spec.clients, spec.sampling_rate, spec.max_cohort, stage=spec.stage, round=spec.round)
+
+    def messages_of(self, clients: np.ndarray, spec: PrivateSum, encode: Encode | None = None) -> Iterator[bytes]:
+        """Messages of these clients [some]."""
+        if encode is None:
+            encode = code_of(self.codec, self.setting.engine.adapter() if spec.of_state else None)
+        vectors = self._of_clients if spec.unit == "client" else self._of_units
+        for client, vector in vectors(clients, spec, encode):
             with self.watch.phase("messages"):
                 sent = message(vector, spec, client, self.noise, encode)
             yield sent
 
-    def _of_clients(self, spec: PrivateSum, encode: Encode) -> Iterator[tuple[int, Tensor]]:
-        """The client is the unit: a truncated Poisson cohort."""
-        cohort = self.noise.sample_cohort(spec.clients, spec.sampling_rate, spec.max_cohort, stage=spec.stage, round=spec.round)
+    def _of_clients(self, cohort: np.ndarray, spec: PrivateSum, encode: Encode) -> Iterator[tuple[int, Tensor]]:
+        """The client is the unit."""
 
         def vectors(where: slice, updates: Tensor) -> Tensor:
             if self.feedback is None:
@@ -91,7 +109,7 @@ class Simulation:
         for where, some in self._trained(records, vectors):
             yield from zip(cohort[where].tolist(), some, strict=True)
 
-    def _of_units(self, spec: PrivateSum, encode: Encode) -> Iterator[tuple[int, Tensor]]:
+    def _of_units(self, everyone: np.ndarray, spec: PrivateSum, encode: Encode) -> Iterator[tuple[int, Tensor]]:
         """Every client takes part and samples its own users or examples by Poisson; how many it took, it tells nobody.
 
         Clients share batches here too, as many at a time as SLICE_BYTES hold sums of.
@@ -103,8 +121,8 @@ class Simulation:
         def vectors(_: slice, updates: Tensor) -> Tensor:
             return unit_vectors(updates, encode, spec)
 
-        for start in range(0, spec.clients, size):
-            clients = range(start, min(start + size, spec.clients))
+        for start in range(0, len(everyone), size):
+            clients = everyone[start : start + size].tolist()
             taken = [self._sampled(client, spec) for client in clients]
             units = [unit for some in taken for unit in some]
             row_of = torch.repeat_interleave(torch.tensor([len(some) for some in taken]))

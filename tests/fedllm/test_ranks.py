@@ -12,7 +12,7 @@ import torch
 from fedllm import ranks
 
 COMMON = """
-import os, signal, sys, time
+import importlib, os, signal, sys
 import numpy as np, torch
 from fedllm import ranks
 from fedllm.errors import UserError
@@ -20,6 +20,10 @@ from fedllm.errors import UserError
 def fail(line, status):
     print(f"error: {line}", file=sys.stderr)
     return status
+
+def made(team):
+    module, _, name = WORKER.rpartition(".")
+    return getattr(importlib.import_module(module), name)(team) if module else globals()[name](team)
 
 class Worker:
     def __init__(self, team):
@@ -39,13 +43,13 @@ class Worker:
 """
 
 
-def start(work: str, size: int = 2) -> list[subprocess.Popen]:
-    """`work`: the body of rank 0's function, which has `team`; what it prints and returns is looked at."""
+def start(work: str, size: int = 2, worker: str = "Worker") -> list[subprocess.Popen]:
+    """`work`: the body of rank 0's function, which has `team`; `worker`: the class of the others' workers, by its whole name."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     body = "\n".join("    " + line for line in work.strip().splitlines())
-    code = f"{COMMON}\ndef work():\n    team = ranks.team()\n{body}\nsys.exit(ranks.among(work, Worker, fail))"
+    code = f"{COMMON}\nWORKER = {worker!r}\ndef work():\n    team = ranks.team()\n{body}\nsys.exit(ranks.among(work, made, fail))"
     place = {"WORLD_SIZE": str(size), "LOCAL_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
@@ -59,9 +63,9 @@ def start(work: str, size: int = 2) -> list[subprocess.Popen]:
     ]
 
 
-def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+def ended(processes: list[subprocess.Popen], timeout: float = 60) -> list[tuple[int, str, str]]:
     """Status, standard output and standard error of each."""
-    found = [process.communicate(timeout=60) for process in processes]
+    found = [process.communicate(timeout=timeout) for process in processes]
     return [(process.returncode, *texts) for process, texts in zip(processes, found, strict=True)]
 
 

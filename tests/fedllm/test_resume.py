@@ -46,8 +46,8 @@ KILLS = [
     ("public", Federation, "fit", 2, True, 0),  # refitted, not yet used
     ("public", Checkpoints, "save", 3, True, 0),
     ("public", Checkpoints, "save", 4, False, 1),
-    ("public", run, "save_adapter", 1, False, 0),
-    ("public", run, "save_adapter", 1, True, 0),
+    ("public", TorchEngine, "save", 1, False, 0),
+    ("public", TorchEngine, "save", 1, True, 0),
     ("public", run, "write_json", 1, False, 0),
     ("client fit", Federation, "hand_over", 2, True, 0),
     ("client fit", Checkpoints, "save", 3, True, 0),
@@ -69,7 +69,7 @@ KILLS = [
     ("stack", Checkpoints, "save", 3, True, 0),
     ("stack", federation, "decoded_mean", 3, True, 1),
     ("residual", ServerOptimizer, "step", 2, True, 1),  # the dense matrices had moved already
-    ("residual", run, "save_adapter", 1, True, 0),
+    ("residual", TorchEngine, "save", 1, True, 0),
 ]
 
 

@@ -1,0 +1,52 @@
+"""scripts/check_ranks.py and bench_ranks.py: what they make of runs; the runs themselves are those of test_ranks_runs.py."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def pretend(folder: Path, adapter: torch.Tensor, ledger: str = "{}\n") -> Path:
+    (folder / "adapter").mkdir(parents=True)
+    save_file({"a": adapter}, folder / "adapter" / "adapter_model.safetensors")
+    (folder / "ledger.jsonl").write_text(ledger)
+    return folder
+
+
+RESULTS = {"epsilon": {"release": {"epsilon": 8.0}}, "loss": 0.5, "seconds": {"total": 3.0}}
+
+
+@pytest.mark.parametrize(("off", "agree"), [(1e-6, True), (1e-4, False), (float("nan"), False)])
+def test_adapters_agree_within_the_stated_tolerance_only(off, agree, tmp_path):
+    compared = runpy.run_path(str(SCRIPTS / "check_ranks.py"))["compared"]
+    one, two = pretend(tmp_path / "one", torch.zeros(3)), pretend(tmp_path / "two", torch.tensor([0.0, off, 0.0]))
+    assert compared(two, one, RESULTS, RESULTS)["adapters_agree"] is agree
+
+
+def test_another_ledger_or_epsilon_is_seen(tmp_path):
+    compared = runpy.run_path(str(SCRIPTS / "check_ranks.py"))["compared"]
+    one, two = pretend(tmp_path / "one", torch.zeros(3)), pretend(tmp_path / "two", torch.zeros(3), '{"clip": 1}\n')
+    found = compared(two, one, RESULTS | {"epsilon": {"release": {"epsilon": 9.0}}}, RESULTS)
+    assert not found["same_ledger"] and not found["same_epsilon"]
+
+
+def test_throughput_is_compared_round_by_round(tmp_path, monkeypatch):
+    script = runpy.run_path(str(SCRIPTS / "bench_ranks.py"))
+
+    def train(config, folder, ranks, threads, overrides):
+        cycle = int(folder.name.split("-")[-1])
+        seconds = [10.0, 1.0 + cycle, 2.0] if ranks == 1 else [5.0, 2.0 + 2 * cycle, 4.0]
+        phases = {"setup": 100.0, "evaluation": 50.0, "local_training": 8.0, "codec": 1.0, "privacy": 0.5, "messages": 0.25, "server": 0.25}
+        history = [{"round": 0}, *({"seconds": taken} for taken in seconds)]
+        return {"history": history, "model": "m", "expected_cohort": 10, "rounds": 3, "seconds": phases | {"total": 160.0}}
+
+    monkeypatch.setitem(script["bench"].__globals__, "train", train)
+    answer = script["bench"](tmp_path / "config.yaml", [], 2, tmp_path)
+    assert answer["round_ratio"]["median"] == 2.0 and answer["first_round_ratio"]["median"] == 0.5
+    assert [row["outside_model"] for row in answer["rows"]] == [0.2, 0.2]
+    assert json.dumps(answer, allow_nan=False) and "2.000 (2.000 - 2.000)" in script["table"](answer)
