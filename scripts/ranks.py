@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which transformers imports too, looks for one and says so
 
 
 def train(config: Path, folder: Path, ranks: int, threads: int, overrides: list[str]) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def train(config: Path, folder: Path, ranks: int, threads: int, overrides: list[
             port = free.getsockname()[1]
         launch = ["--no_local_rank", "--log_level", "critical", "--hostfile", os.devnull, "--master_port", str(port)]
         command = [sys.executable, "-m", "deepspeed.launcher.runner", *launch, "--num_gpus", str(ranks), "--module", "fedllm", *given]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(command, env=environment, stdout=sys.stderr, check=False)
     if done.returncode:
