@@ -10,6 +10,7 @@ from fedllm.errors import RunStopped, UserError
 from fedllm.federation import Federation
 from fedllm.privacy.ledger import read_ledger
 from fedllm.privacy.noise import Noise
+from fedllm.sums import Sums
 from fedllm.transports import simulation
 from tests.fedllm.runs import AUTOENCODER, SETTINGS, USERS, Killed, adapter_of
 
@@ -120,8 +121,8 @@ def test_no_copy_that_is_as_announced_ends_the_run_before_anything_is_sent(confi
 
 
 def test_clients_do_not_encode_for_another_codec_than_theirs(configured, monkeypatch, no_plot):
-    real = Federation.stage2_spec
-    monkeypatch.setattr(Federation, "stage2_spec", lambda self, number: _renamed(real(self, number)))
+    real = Sums.stage2
+    monkeypatch.setattr(Sums, "stage2", lambda self, *what: _renamed(real(self, *what)))
     monkeypatch.setattr(Noise, "sample_cohort", lambda *args, **key: pytest.fail("a cohort was drawn"))
     with pytest.raises(RunStopped, match=r"expected 0{16}, the one that the server announced; nothing was sent"):
         run.train(configured())

@@ -8,7 +8,9 @@ from safetensors.torch import load_file
 
 from fedllm import run
 from fedllm.config import load_config
-from tests.fedllm.runs import AUTOENCODER, EXAMPLES, FEDAVG, IDENTITY, LOSSY, MOMENTS, PRODUCTS, USERS
+from fedllm.federation import Federation
+from fedllm.privacy.ledger import counted, read_ledger
+from tests.fedllm.runs import AUTOENCODER, EXAMPLES, FEDAVG, IDENTITY, LOSSY, MOMENTS, PRODUCTS, USERS, Killed
 from tests.fedllm.test_ranks import ended, start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,12 +37,15 @@ SETTINGS = {
     "residual": [*PRODUCTS, "federation.aggregation=residual", "privacy.enabled=false"],
     "fedavg": [*IDENTITY, *FEDAVG, "privacy.noise=local"],
 }
+INTERRUPTED = ["feedback", "core", "residual"]  # with something else to take up than the adapter
 WHOLE = """
 import json
 from fedllm import run
 from fedllm.config import load_config
 for name, overrides in json.loads({settings!r}).items():
     run.train(load_config({config!r}, [*overrides, "parallel.mode=clients", "output_dir=" + {folder!r} + "/" + name]))
+for name in {interrupted!r}:
+    run.resume({folder!r} + "/interrupted-" + name)
 return 0
 """
 
@@ -54,18 +59,36 @@ def two_ranks(tiny, tmp_path_factory):
     """The folder of all settings' runs, each on two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     settings = json.dumps({name: overrides(name) for name in SETTINGS})
-    work = WHOLE.format(settings=settings, config=str(tiny / "config.yaml"), folder=str(folder))
+    for name in INTERRUPTED:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Federation, "record", killed_in_round(2, Federation.record))
+            with pytest.raises(Killed):
+                run.train(load_config(tiny / "config.yaml", [*overrides(name), f"output_dir={folder / f'interrupted-{name}'}"]))
+    work = WHOLE.format(settings=settings, config=str(tiny / "config.yaml"), folder=str(folder), interrupted=INTERRUPTED)
     (status, _, error), other = ended(start(work, worker="fedllm.parallel.worker.Worker"), timeout=300)
     assert status == 0, error
     assert other == (0, "", "")
     return folder
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+def killed_in_round(number: int, record):
+    """A `Federation.record` that dies in that round, after the server's step and before the checkpoint."""
+
+    def call(self, spec, code, begun):
+        if spec.round + 1 == number:
+            raise Killed
+        return record(self, spec, code, begun)
+
+    return call
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, *(f"interrupted-{name}" for name in INTERRUPTED)])
 def test_two_ranks_do_what_one_process_does(name, two_ranks, tiny, tmp_path, no_plot):
+    two, name = two_ranks / name, name.removeprefix("interrupted-")
     alone = run.train(load_config(tiny / "config.yaml", [*overrides(name), f"output_dir={tmp_path / 'one'}"]))
-    one, two = tmp_path / "one", two_ranks / name
-    assert (two / "ledger.jsonl").read_bytes() == (one / "ledger.jsonl").read_bytes()
+    one = tmp_path / "one"
+    (header, spent), (expected_header, expected_spent) = (read_ledger(folder / "ledger.jsonl") for folder in (two, one))
+    assert header == expected_header and counted(spent) == expected_spent
     results = json.loads((two / "results.json").read_text())
     assert results["epsilon"] == alone["epsilon"]
     assert results["loss"] == pytest.approx(alone["loss"], rel=1e-4)
