@@ -7,6 +7,7 @@ messages between clients and servers. Without a launcher nothing of this is impo
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -14,7 +15,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,7 @@ class Team:
         self.rank, self.size = rank, size
         self._owed: list[int] = []  # ranks that rank 0 has yet to hear from
         self._whole = True  # no collective was broken off
+        self.left = False
 
     # -- collectives -----------------------------------------------------------------------------------------------------------------
 
@@ -191,8 +192,9 @@ class Team:
     def stop(self) -> None:
         """Rank 0: let the others end. Those that are still at work learn it from the closed connection."""
         if self._whole and not self._owed:
-            self.broadcast((STOP, (), False))
-            self.leave()
+            with contextlib.suppress(RankLost):  # the work is done without them
+                self.broadcast((STOP, (), False))
+                self.leave()
 
     def leave(self) -> None:
         """Close the connections, which gloo's threads would otherwise find closed by the other side, and abort."""
@@ -201,6 +203,7 @@ class Team:
 
         self.all_reduce(torch.zeros(1))
         dist.destroy_process_group()
+        self.left = True
 
     def _travel(self, value: Any, has: bool, move: Callable[[Tensor], Any]) -> Any:
         """Move a value as sizes and bytes; whoever `has` it packs it, the others make room and unpack."""
@@ -219,7 +222,7 @@ class Team:
                     move(part)
         return value if has else unpack(parts)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
         self._whole = False
         try:
@@ -246,14 +249,20 @@ def among(work: Callable[[], int], worker: Callable[[Team], Any], fail: Callable
         return fail(str(error), 1) if first else LOST
     if first:
         try:
-            return work()
+            status = work()
         finally:
             found.stop()
-    try:
-        found.serve(worker(found))
-    except (RankLost, KeyboardInterrupt):
-        return LOST
-    return 0
+    else:
+        try:
+            found.serve(worker(found))
+            status = 0
+        except (RankLost, KeyboardInterrupt):
+            status = LOST
+    if not found.left:  # gloo's threads find connections closed while Python winds up, and abort: the status would be theirs
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def hush() -> None:

@@ -6,6 +6,7 @@ python scripts/tiny_model.py FOLDER [SEED]    writes FOLDER/{model,train.csv,pub
 from __future__ import annotations
 
 import csv
+import os
 import random
 import sys
 from pathlib import Path
@@ -62,6 +63,8 @@ def write(folder: Path, records: int = 160, public: int = 60, seed: int = 0, **s
 
 def write_model(folder: Path, **sizes: int) -> None:
     """A random Llama of two layers and 16 dimensions, or of other `sizes` (keys of LlamaConfig), with a tokenizer of whole words."""
+    # Where DeepSpeed is installed, saving imports it, and it tells on standard output which accelerator it found.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import torch
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # demo assets come from PyPI; nothing in the tests asks a model hub
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on standard output which one it found
 
 TINY = Path(__file__).parent.parent / "scripts" / "tiny_model.py"
 

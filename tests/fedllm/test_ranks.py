@@ -132,6 +132,12 @@ def test_a_killed_rank_0_ends_the_others():
     assert first[0] == -signal.SIGKILL and other == (ranks.LOST, "", "")
 
 
+def test_rank_0_fails_while_the_others_work():
+    first, other = ended(start("team.tell('square', 3)\nprint('out')\nreturn fail('wrong', 2)"))
+    assert first[0] == 2 and first[1].endswith("out\n") and first[2] == "error: wrong\n"
+    assert other == (ranks.LOST, "", "")
+
+
 def test_a_process_without_launcher_has_no_ranks():
     code = "import sys; from fedllm import ranks; assert not ranks.launched() and ranks.team() is None and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
