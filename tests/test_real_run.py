@@ -16,6 +16,8 @@ SMALL = [
     "task.monitor_examples=40",
     "codec.code_size=32",
     "codec.public_examples=48",
+    "task.generate.count=50",
+    "task.generate.max_new_tokens=16",
 ]
 
 
