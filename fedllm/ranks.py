@@ -38,6 +38,12 @@ class RankLost(RunStopped):
     """Another rank ended without a word."""
 
 
+def lost() -> RankLost:
+    """What to raise where the connection to another rank is closed, once the launcher has had its time to tell why."""
+    time.sleep(GRACE)
+    return RankLost("another rank ended; everything up to the last round is kept: resume the run")
+
+
 def launched() -> bool:
     """Whether a launcher started several ranks, of which this process is one."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
@@ -230,8 +236,7 @@ class Team:
         except RuntimeError as error:  # gloo: the connection was closed
             if os.environ.get("FEDLLM_DEBUG") == "1":
                 print(f"rank {self.rank}: {error}", file=sys.stderr, flush=True)
-            time.sleep(GRACE)
-            raise RankLost("another rank ended; everything up to the last round is kept: resume the run") from None
+            raise lost() from None
         self._whole = True
 
 

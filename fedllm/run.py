@@ -11,7 +11,7 @@ import os
 import resource
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -32,12 +32,14 @@ from fedllm.privacy.events import sum_multiplier
 from fedllm.privacy.groups import clip_groups
 from fedllm.privacy.ledger import PART_NAME, Ledger
 from fedllm.privacy.noise import default_max_cohort
-from fedllm.schema import Config, ParallelConfig
+from fedllm.schema import Config, EngineConfig, ParallelConfig
 from fedllm.setting import Setting
 from fedllm.stopwatch import Stopwatch
 from fedllm.sums import sampling_rate
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "dp-accounting")
+
+COMPUTED = ("engine.", "parallel.")  # the keys that decide how a run is computed, and not what
 
 BEFORE_LEDGER = {"config.yaml", ".config.yaml.part", PART_NAME}  # a run killed before its ledger stood has released nothing
 
@@ -87,18 +89,22 @@ def claimed(run_dir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def resume(run_dir: str | Path) -> dict[str, Any]:
+def resume(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Continue an interrupted run from its last checkpoint; returns what results.json holds.
 
+    overrides: of engine.* and parallel.* alone, which decide how a run is computed and not what.
     Raises UserError where the folder holds no run, a finished one, or one that another process is working on.
     """
     run_dir = Path(run_dir)
+    for override in overrides:
+        if not override.startswith(COMPUTED):
+            raise UserError(f"{override}: a resumed run keeps its config; expected keys of {' and '.join(COMPUTED)} alone")
     for needed in ("config.yaml", "ledger.jsonl"):
         if not (run_dir / needed).is_file():
             raise UserError(f"{run_dir}: has no {needed}; expected the folder of an interrupted run")
     if (run_dir / "results.json").exists():
         raise UserError(f"{run_dir}: this run is finished; see results.json there, or train into another output_dir")
-    config = load_config(run_dir / "config.yaml")
+    config = load_config(run_dir / "config.yaml", list(overrides))
     watch = Stopwatch()
     with watch.phase("setup"):
         ledger = Ledger.open(run_dir / "ledger.jsonl")
@@ -160,8 +166,9 @@ def new_run_id(config: Config) -> str:
 
 
 def fingerprint(config: Config) -> str:
-    """16 hex digits over all of a config but where it writes and on how many ranks it runs."""
-    values = dataclasses.asdict(config) | {"output_dir": None, "parallel": dataclasses.asdict(ParallelConfig())}
+    """16 hex digits over all of a config but where it writes, and what computes it on how many ranks."""
+    how = {"engine": dataclasses.asdict(EngineConfig()), "parallel": dataclasses.asdict(ParallelConfig())}
+    values = dataclasses.asdict(config) | {"output_dir": None, **how}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # One run over many ranks, by the `deepspeed` launcher: the same algorithm, each rank with its share of the cohort. Sets up what is missing.
 #   bash scripts/train_deepspeed.sh configs/quickstart.yaml --num_gpus 2 [key=value ...]
+#   bash scripts/train_deepspeed.sh CONFIG --num_gpus 8 parallel.mode=data engine.name=deepspeed engine.deepspeed=configs/deepspeed/zero3.json
 #   bash scripts/train_deepspeed.sh --resume runs/quickstart --num_gpus 4          an interrupted run, on any number of ranks
 # --num_gpus N   ranks on each machine (without a GPU: processes that share the cores)
 # --hostfile F   several machines, lines such as `node1 slots=8`; each has this folder and .venv at the same path, and answers ssh
 # --json         one JSON object on standard output
-# parallel.mode is clients unless given. Exit status as of fedllm: 0 done, 1 failed or interrupted, 2 wrong use or bad config.
+# parallel.mode is clients unless given, data with engine.name=deepspeed. Exit status as of fedllm: 0 done, 1 failed or interrupted, 2 wrong use or bad config.
 set -euo pipefail
 here=$(pwd)
 cd "$(dirname "$0")/.."
@@ -34,7 +35,9 @@ done
 seen() { if [ -e "$here/$1" ]; then echo "$here/$1"; else echo "$1"; fi; }
 if [ -n "$config" ] && [ -n "$resumed" ]; then fail "a config and --resume; expected one of them"; fi
 if [ -z "$config$resumed" ]; then fail "no config; for example: bash scripts/train_deepspeed.sh configs/quickstart.yaml --num_gpus 2"; fi
-if [ -n "$resumed" ] && [ ${#overrides[@]} -gt 0 ]; then fail "${overrides[0]}: a resumed run keeps its config"; fi
+for override in ${resumed:+${overrides[@]+"${overrides[@]}"}}; do
+    [[ "$override" =~ ^(engine|parallel)\. ]] || fail "$override: a resumed run keeps its config, but for keys of engine and parallel"
+done
 if [ -n "$ranks" ] && ! [[ "$ranks" =~ ^[1-9][0-9]*$ ]]; then fail "--num_gpus $ranks: expected a number of ranks, 1 or more"; fi
 if [ -n "$hostfile" ] && ! [ -f "$(seen "$hostfile")" ]; then fail "$hostfile: no such hostfile"; fi
 
@@ -67,13 +70,14 @@ fi
 if [ -n "$ranks" ]; then launch+=(--num_gpus "$ranks"); fi
 
 if [ -n "$resumed" ]; then
-    command=(resume "$(seen "$resumed")")
+    command=(resume "$(seen "$resumed")" ${overrides[@]+"${overrides[@]}"})
 else
     mode=parallel.mode=clients
+    if grep -qs '^parallel:' "$(seen "$config")"; then mode=""; fi
     for override in ${overrides[@]+"${overrides[@]}"}; do
-        if [[ "$override" == parallel.mode=* ]]; then mode=$override; fi
+        if [[ "$override" == engine.name=deepspeed ]]; then mode=parallel.mode=data; fi
     done
-    command=(train "$(seen "$config")" ${overrides[@]+"${overrides[@]}"} "$mode")
+    command=(train "$(seen "$config")" ${mode:+"$mode"} ${overrides[@]+"${overrides[@]}"})
 fi
 status=0
 # -m fedllm, from this folder: no path to a program that other machines may have elsewhere.

@@ -39,6 +39,10 @@ def train(
 
 def resume(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of an interrupted run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Keys of engine and parallel to change: parallel.mode=clients."),
+    ] = None,
     as_json: Annotated[bool, JsonFlag] = False,
 ) -> None:
     """Continue an interrupted run from its last round, within the same privacy target."""
@@ -46,7 +50,7 @@ def resume(
     with interruptible(run_dir), stdout_for_result():
         from fedllm import run
 
-        results = run.resume(run_dir)
+        results = run.resume(run_dir, overrides or [])
     show(results, run_dir, as_json)
 
 

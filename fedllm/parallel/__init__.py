@@ -21,7 +21,12 @@ def by_clients(made: Setting, team: Team) -> Setting:
     return dataclasses.replace(made, engine=engine)
 
 
-MODES: dict[str, Callable[[Setting, Team], Setting]] = {"clients": by_clients}
+def by_data(made: Setting, team: Team) -> Setting:
+    """`data`: the engine does all of it, and tells the others (training/deepspeed_engine.py)."""
+    return made
+
+
+MODES: dict[str, Callable[[Setting, Team], Setting]] = {"clients": by_clients, "data": by_data}
 
 
 def check(config: Config) -> None:
@@ -41,10 +46,11 @@ def check(config: Config) -> None:
 
 
 def taken_up(config: Config) -> Config:
-    """The config of a run that is taken up on any number of ranks: one that began on its own goes on with its clients shared out."""
+    """The config of a run that is taken up on any number of ranks: one that began on its own goes on with its work shared out."""
     if ranks.team() is None or config.parallel.mode != "none":
         return config
-    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, mode="clients"))
+    mode = "data" if config.engine.name == "deepspeed" else "clients"
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, mode=mode))
 
 
 def build(config: Config, public_seed: int, phase: Phase) -> Setting:

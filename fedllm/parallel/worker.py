@@ -90,4 +90,15 @@ class ClientsWorker:
         self.clients.restore(self.clients.codec, residuals)
 
 
-WORKERS: dict[str, Callable[[Setting, Config, int], Any]] = {"clients": ClientsWorker}
+class DataWorker:
+    """`data`: this rank's part of the one engine (training/deepspeed_engine.py)."""
+
+    def __init__(self, setting: Setting, config: Config, public_seed: int):
+        self.engine = setting.engine
+
+    def on_engine(self, name: str, *arguments: Any) -> None:
+        """What rank 0's engine is doing, here too."""
+        getattr(self.engine, name)(*arguments)
+
+
+WORKERS: dict[str, Callable[[Setting, Config, int], Any]] = {"clients": ClientsWorker, "data": DataWorker}

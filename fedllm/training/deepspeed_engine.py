@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,15 +54,27 @@ def on_all_ranks(method: Callable) -> Callable:
         if self.team.size == 1:
             return method(self, *arguments, **own)
         if self.team.rank > 0:
-            method(self, *arguments)
+            try:
+                method(self, *arguments)
+            except Exception as error:  # rank 0 is amid the same work, and waits for this rank's part: ending is all that it can be told
+                raise ranks.RankLost(f"rank {self.team.rank}: {error}") from error
             return None
-        self.team.tell(method.__name__, *arguments)
-        result = method(self, *arguments, **own)
-        for _ in self.team.replies():
-            pass
+        self.team.tell("on_engine", method.__name__, *arguments)
+        try:
+            result = method(self, *arguments, **own)
+        except RuntimeError as error:
+            if not of_connection(error):
+                raise
+            raise ranks.lost() from None
+        list(self.team.replies())
         return result
 
     return call
+
+
+def of_connection(error: RuntimeError) -> bool:
+    """Whether an error amid DeepSpeed's own collectives means that another rank is gone."""
+    return "gloo" in str(error) or isinstance(error, torch.distributed.DistError)
 
 
 class DeepSpeedEngine(TorchEngine):
@@ -82,8 +95,9 @@ class DeepSpeedEngine(TorchEngine):
         self.team, self.file = team, file
         if file.checkpointing:
             checkpoint_layers(model)
+        team.all_reduce(torch.zeros(1))  # DeepSpeed's own patience is shorter than what rank 0 may have had to do first
         self._asked = start(_Asked(model, objective), list(self.parameters.values()), file)
-        self.device = torch.device(self._asked.device)
+        self.device = self.gradients.device = torch.device(self._asked.device)
 
     @on_all_ranks
     def adapter(self) -> Tensor:
@@ -180,6 +194,9 @@ def start(
     optimizer: of the trained parameters; None for none, or one that makes no steps. Raises UserError for settings that DeepSpeed refuses.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    os.environ.setdefault("LOCAL_RANK", "0")  # a process on its own, which no launcher told
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would find that out, and print it
     import deepspeed
     import deepspeed.ops
     from deepspeed.runtime.config import DeepSpeedConfig
@@ -191,7 +208,7 @@ def start(
     try:
         DeepSpeedConfig(dict(file.settings))
     except Exception as error:  # assertions, pydantic's errors and its own: each says what is wrong with a key
-        raise UserError(f"engine.deepspeed: DeepSpeed refuses the file: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{file.path}: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from None
     if optimizer is None and file.stage in (1, 2):  # which must have one to divide
         optimizer = torch.optim.SGD(trained, lr=1.0)
     engine, *_ = deepspeed.initialize(model=module, config=file.settings, optimizer=optimizer, model_parameters=trained)

@@ -38,6 +38,7 @@ OTHERS = {  # what would be done twice, or not at all -> what does it here
 class DeepSpeedFile:
     """settings: for `deepspeed.initialize`. micro_batch: the most examples of a forward pass, None for no such limit."""
 
+    path: Path
     settings: dict[str, Any]
     stage: int
     micro_batch: int | None
@@ -65,7 +66,7 @@ def read(path: Path, config: Config, ranks: int) -> DeepSpeedFile:
     micro = _micro_batch(path, given, config, ranks)
     settings = {key: value for key, value in given.items() if key not in ("bf16", "optimizer", "train_batch_size")}
     settings |= {"train_micro_batch_size_per_gpu": micro or 1, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    return DeepSpeedFile(settings, stage, micro, bool(given.get("activation_checkpointing")))
+    return DeepSpeedFile(path, settings, stage, micro, bool(given.get("activation_checkpointing")))
 
 
 def _without_auto(given: Any) -> Any:

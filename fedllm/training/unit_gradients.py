@@ -32,6 +32,7 @@ class UnitGradients:
         self.layout = layout
         self._parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self._places = {id(self._parameters[factor.name]): slice(factor.offset, factor.stop) for factor in layout.factors}
+        self.device = next(iter(self._parameters.values())).device  # where the rows are held
         self._rows: Tensor | slice | None = None
         self._sums: Tensor | None = None
         # Parameters enter detached: that backward comes by them, without a gradient, would wake what others hang on them (ZeRO 2 does).
@@ -56,14 +57,13 @@ class UnitGradients:
         for value in self._parameters.values():
             value.grad = None
         # numpy's zeros are pages not yet there: they come as the backward pass lets go of activations, and do not add to the peak.
-        zeros = torch.from_numpy(np.zeros((units, self.layout.size), np.float32))
-        self._sums = zeros.to(next(iter(self._parameters.values())).device)
+        self._sums = torch.from_numpy(np.zeros((units, self.layout.size), np.float32)).to(self.device)
 
     def batch(self, rows: Tensor) -> None:
         """Say which unit each example of the next batch belongs to, int64 [batch]; its backward pass comes before the next batch."""
         first = int(rows[0]) if len(rows) else 0
         consecutive = slice(first, first + len(rows))
-        self._rows = consecutive if torch.equal(rows, torch.arange(first, consecutive.stop)) else rows.to(self._sums.device)
+        self._rows = consecutive if torch.equal(rows, torch.arange(first, consecutive.stop)) else rows.to(self.device)
 
     def end(self) -> Tensor:
         """The collected sums [units, n]; collecting stops.

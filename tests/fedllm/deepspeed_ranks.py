@@ -1,13 +1,18 @@
-"""What test_deepspeed.py has several ranks do, in one launch: started by the `deepspeed` launcher, rank 0 writes what it found as JSON.
+"""What test_deepspeed.py has two ranks do, in one launch of the `deepspeed` launcher: engines, whole runs, and the death of a rank.
 
-deepspeed --num_gpus 2 tests/fedllm/deepspeed_ranks.py FOLDER
+deepspeed --no_local_rank --num_gpus 2 tests/fedllm/deepspeed_ranks.py FOLDER CONFIG
+
+Rank 0 writes what it found into FOLDER; CONFIG is of a tiny run, and FOLDER/begun holds one that was interrupted.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +21,11 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from fedllm import ranks
+from fedllm import ranks, run
 from fedllm.adapters import ADAPTER_WEIGHTS, add_adapter
+from fedllm.config import load_config
 from fedllm.data.batches import make_batches
+from fedllm.parallel.worker import DataWorker, Worker
 from fedllm.schema import Config
 from fedllm.training.deepspeed_engine import DeepSpeedEngine, _Asked, start
 from fedllm.training.deepspeed_file import read
@@ -43,8 +50,10 @@ CASES = {name: (settings, "labels", {}) for name, settings in STAGES.items()} | 
     "unused parameters": (DIVIDED, "unused", {}),
     "empty group": (STAGES["zero1"], "labels", {"train": "core", "r": 1, "targets": ["o_proj"]}),  # 2 numbers, each a parameter
     "empty share": (DIVIDED, "labels", {"train": "core", "r": 1, "targets": ["o_proj"]}),
-    "b alone": (DIVIDED, "labels", {"train": "b"}),
 }
+RUNS = ("zero0", "zero1", "zero2", "zero3")
+SETTINGS = ["seed=5", "federation.server.optimizer=sgd", "federation.server.lr=0.02", "codec.refresh=1", "federation.local.steps=2"]
+SETTINGS += ["federation.local.lr=0.5", "federation.local.prox=0.1", "codec.public_labels=model"]
 BATCH_TOKENS = 40
 UNITS = [np.array(unit, dtype=np.int64) for unit in ([0], [1, 2, 3], [], [4, 5], [6, 7, 8, 9, 10], [11, 0], [12])]
 EVERYTHING = [np.arange(13)]
@@ -66,14 +75,12 @@ def model_of(kind: str, adapter: dict[str, Any]) -> Any:
     return model
 
 
-class Ranks:
+class Ranks(Worker):
     """One of the ranks; methods are called on all of them at once."""
 
     def __init__(self, team: ranks.Team, folder: Path):
+        super().__init__(team)
         self.team, self.folder = team, folder
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
 
     def all(self, name: str, *arguments: Any) -> Any:
         self.team.tell(name, *arguments)
@@ -86,7 +93,13 @@ class Ranks:
         path = self.folder / f"{self.team.rank}.json"
         path.write_text(json.dumps(settings))
         self.file, (_, _, objective, side) = read(path, Config(), self.team.size), KINDS[kind]
-        self.engine = DeepSpeedEngine(model_of(kind, adapter), objective, 0, BATCH_TOKENS, side, team=self.team, file=self.file)
+        engine = DeepSpeedEngine(model_of(kind, adapter), objective, 0, BATCH_TOKENS, side, team=self.team, file=self.file)
+        self.mode = DataWorker(SimpleNamespace(engine=engine), Config(), 0)
+
+    def mortal(self) -> None:
+        """Rank 1 will die amid the work."""
+        if self.team.rank == 1:
+            self.engine._backward = lambda loss: os._exit(0)  # 0: the launcher then leaves rank 0 alone
 
     def native(self, case: str) -> list[float] | None:
         """DeepSpeed's own gradient of the mean loss over all examples, no hook of ours in sight."""
@@ -158,18 +171,39 @@ def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp_min(1e-12))
 
 
-def main(folder: Path) -> None:
+def runs(folder: Path, config: str) -> None:
+    """Whole runs, and one taken up, with all ranks on the same clients."""
+    for name in RUNS:
+        run.train(load_config(config, [*SETTINGS, *data_parallel(name), f"output_dir={folder / name}"]))
+    run.resume(folder / "begun", data_parallel("zero3"))
+
+
+def data_parallel(file: str) -> list[str]:
+    return ["parallel.mode=data", "engine.name=deepspeed", f"engine.deepspeed={FILES / file}.json"]
+
+
+def death(party: Ranks) -> dict[str, Any]:
+    """What rank 0 makes of it."""
+    party.all("make", "zero3")
+    party.all("mortal")
+    began = time.monotonic()
+    try:
+        rows(party.engine, UNITS)
+    except ranks.RankLost as error:
+        return {"line": str(error), "seconds": time.monotonic() - began}
+    return {"line": "rank 0 noticed nothing"}
+
+
+def main(folder: Path, config: str) -> None:
     team = ranks.join()
     party = Ranks(team, folder)
     if team.rank > 0:
         team.serve(party)
         return
-    try:
-        found = {case: compare(party, case) for case in CASES}
-        (folder / "found.json").write_text(json.dumps(found))
-    finally:
-        team.stop()
+    runs(folder, config)
+    (folder / "found.json").write_text(json.dumps({case: compare(party, case) for case in CASES}))
+    (folder / "death.json").write_text(json.dumps(death(party)))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[-1] if not sys.argv[-1].startswith("--") else sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

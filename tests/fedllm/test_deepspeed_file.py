@@ -1,5 +1,6 @@
 """What a DeepSpeed file says, and one line for each that contradicts the config."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from fedllm.config import check_engine
 from fedllm.errors import UserError
 from fedllm.schema import Config
 from fedllm.training.deepspeed_file import read
+from fedllm.training.engines import ENGINES
 
 SHIPPED = Path("configs/deepspeed")
 
@@ -95,6 +97,12 @@ def test_bf16_off_is_no_bfloat16_model(reading):
 def test_no_file_there():
     with pytest.raises(UserError, match=r"engine.deepspeed=nowhere.json: No such file.*zero2.json"):
         read(Path("nowhere.json"), Config(), 2)
+
+
+def test_deepspeed_is_named_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"engine.name=deepspeed: needs DeepSpeed.*pip install 'dr-encoder\[deepspeed\]'"):
+        ENGINES["deepspeed"](Config())
 
 
 @pytest.mark.parametrize(

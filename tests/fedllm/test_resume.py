@@ -265,3 +265,9 @@ def test_a_non_finite_public_loss_stops_the_run(configured, tmp_path, no_plot, m
     with pytest.raises(RunStopped, match="public loss is not finite; the state after round"):
         run.train(configured())
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest()[1]["rounds"] in (0, 1)
+
+
+@pytest.mark.parametrize("override", ["seed=3", "federation.rounds=9", "privacy.enabled=false"])
+def test_a_resumed_run_keeps_its_config(override, tmp_path):
+    with pytest.raises(UserError, match=f"{override}: a resumed run keeps its config; expected keys of engine. and parallel. alone"):
+        run.resume(tmp_path, ["engine.batch_tokens=512", override])

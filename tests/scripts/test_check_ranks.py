@@ -35,6 +35,24 @@ def test_another_ledger_or_epsilon_is_seen(tmp_path):
     assert not found["same_ledger"] and not found["same_epsilon"]
 
 
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"clip": 0.5000001}, True),
+        ({"codec": "cd", "prior": "public:ef"}, True),
+        ({"clip": 0.501}, False),
+        ({"prior": "none"}, False),
+        ({"noise_multiplier": 1.0000001}, False),
+        ({"attempt": 2}, False),
+    ],
+)
+def test_ledgers_may_differ_in_what_rounding_reaches_only(change, same, tmp_path):
+    entry = {"clip": 0.5, "codec": "ab", "prior": "public:cd", "noise_multiplier": 1.0, "attempt": 1}
+    for name, values in (("one", entry), ("other", entry | change)):
+        (tmp_path / name).write_text(json.dumps(values) + "\n")
+    assert runpy.run_path(str(SCRIPTS / "check_ranks.py"))["same_ledger"](tmp_path / "one", tmp_path / "other") is same
+
+
 def test_throughput_is_compared_round_by_round(tmp_path, monkeypatch):
     script = runpy.run_path(str(SCRIPTS / "bench_ranks.py"))
 

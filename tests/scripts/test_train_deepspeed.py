@@ -89,8 +89,18 @@ def test_ranks_of_a_run_for_one_process_end_at_once(project, tiny, tmp_path):
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (2, "")
     assert err == (
-        "fedllm: error: parallel.mode=none: expected clients for the 2 ranks that were launched, or a run without launcher\n"
+        "fedllm: error: parallel.mode=none: expected clients or data for the 2 ranks that were launched, or a run without launcher\n"
     )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_deepspeed_file_that_contradicts_the_ranks_ends_them_all(project, tiny, tmp_path):
+    (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "train_batch_size": 7}')
+    engine = ["engine.name=deepspeed", f"engine.deepspeed={tmp_path / 'ds.json'}"]
+    process = project(str(tiny / "config.yaml"), "--num_gpus", "2", *engine, f"output_dir={tmp_path / 'run'}")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    assert err == f"fedllm: error: {tmp_path / 'ds.json'}: train_batch_size=7: expected 2 a rank x 1 steps x 2 ranks = 4\n"
     assert not (tmp_path / "run").exists()
 
 
