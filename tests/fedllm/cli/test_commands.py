@@ -25,7 +25,7 @@ def noisy_run(monkeypatch, fake_results, tmp_path):
         return fake_results()
 
     module.train = train
-    module.resume = lambda run_dir: train(run_dir)
+    module.resume = lambda run_dir, overrides: train((run_dir, overrides))
     monkeypatch.setitem(sys.modules, "fedllm.run", module)
     monkeypatch.setattr("fedllm.run", module, raising=False)
     return module
@@ -58,8 +58,8 @@ def test_train_prints_the_table_the_plot_and_tensorboard(noisy_run, config, capf
 
 def test_resume(noisy_run, run_folder, capfd):
     folder = run_folder("run")
-    assert cli.run(["resume", str(folder), "--json"]) == 0
-    assert noisy_run.seen == folder
+    assert cli.run(["resume", str(folder), "parallel.mode=clients", "--json"]) == 0
+    assert noisy_run.seen == (folder, ["parallel.mode=clients"])
     json.loads(capfd.readouterr().out)
 
 
