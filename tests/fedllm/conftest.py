@@ -140,9 +140,11 @@ def kill_at(monkeypatch):
 
 
 REFERENCE = {}
+
+
 @pytest.fixture
 def reference(configured, tmp_path, no_plot):
-    """reference(setting): adapter, results and counted ledger entries of an uninterrupted seeded run."""
+    """reference(setting): adapter, results and ledger entries of an uninterrupted seeded run; its folder is that of whoever asked first."""
 
     def get(setting):
         if setting not in REFERENCE:

@@ -31,9 +31,9 @@ def another(config, layout, rows, announced):
     return codec_fit.client_fit(config, layout, type(rows)(fit, rows.held_out), announced)
 
 
-def test_the_servers_codec_counts_as_downlink(configured, reference, tmp_path):
-    _, results, _ = reference("public")
-    (file,) = (tmp_path / "whole-public" / "checkpoints").glob("codec-*.safetensors")
+def test_the_servers_codec_counts_as_downlink(configured, tmp_path, no_plot):
+    results = run.train(configured("run", *SETTINGS["public"]))
+    (file,) = (tmp_path / "run" / "checkpoints").glob("codec-*.safetensors")
     assert results["codec_bytes"] == file.stat().st_size > 8 * 4 * results["parameters"]
     assert downlinks(results) == [ADAPTER + results["codec_bytes"]] * 3
     assert results["downlink_bytes_per_client_round"] == ADAPTER + results["codec_bytes"]

@@ -47,20 +47,23 @@ def test_labels_are_drawn_from_the_prediction(trained, monkeypatch):
     assert (public.drawn_labels(trained.engine, data, rng) == 2).all()
 
 
+def off(found, wanted):
+    """The largest difference beside the largest number: sums of another batch differ in the last bits, those of large numbers by more."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
 def test_each_gradient_is_of_its_drawn_label(trained, configured, monkeypatch):
-    """Every row is its example's gradient with one of the two labels; of the labels that were drawn, and not of the text's random ones."""
+    """Every row is its example's gradient with the label that was drawn for it, and without drawing with the text's random one."""
     given = []
     real = public.drawn_labels
     monkeypatch.setitem(public.LABELS, "model", lambda *args: given.append(real(*args)) or given[-1])
-    rows = public.gradients(trained, configured("run", "codec.public_labels=model"), 3, 0)
+    drawn, plain = (public.gradients(trained, configured("run", f"codec.public_labels={labels}"), 3, 0) for labels in ("model", "random"))
     chosen = np.random.default_rng([3, 2, 0]).permutation(len(trained.public))[:30]
-    whole = torch.cat([rows.held_out, rows.fit])
-    for row, example, label in zip(whole, chosen, given[0], strict=True):
-        assert torch.allclose(row, by_hand(trained, example, label), atol=1e-5)
     assert (given[0] != trained.public.targets[chosen]).any()
-    plain = public.gradients(trained, configured(), 3, 0)
-    for row, example in zip(torch.cat([plain.held_out, plain.fit]), chosen, strict=True):
-        assert torch.allclose(row, by_hand(trained, example, trained.public.targets[example]), atol=1e-5)
+    for rows, labels in ((drawn, given[0]), (plain, trained.public.targets[chosen])):
+        for row, example, label in zip(torch.cat([rows.held_out, rows.fit]), chosen, labels, strict=True):
+            assert off(row, by_hand(trained, example, label)) < 1e-3
+            assert off(row, by_hand(trained, example, 1 - label)) > 0.5
 
 
 def test_the_same_seed_and_model_give_the_same_gradients(trained, configured):
