@@ -3,21 +3,23 @@
 import json
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from fedllm import run
 from fedllm.config import load_config
 from fedllm.federation import Federation
 from fedllm.privacy.ledger import counted, read_ledger
+from fedllm.setting import build
 from tests.fedllm.runs import AUTOENCODER, EXAMPLES, FEDAVG, IDENTITY, LOSSY, MOMENTS, PRODUCTS, USERS, Killed
 from tests.fedllm.test_ranks import ended, start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ATOL = 2e-6  # adapters are of the size 0.1 .. 1, in float32; gradients of clients are summed in other batches
-OF_PRODUCTS = 1e-4  # these are factors of a whole matrix again, by its singular vectors; one process with its clients reversed moves 2e-5
-SGD = ["federation.server.optimizer=sgd", "federation.server.lr=0.02"]
+# Largest difference beside the way that training moved a factor: gradients of clients are summed in other batches. Never beside the numbers
+# themselves, which LoRA's random start makes large.
+OFF = 1e-4
+ROUNDING = 1e-7  # of the largest number, in float32
+SGD = ["federation.server.optimizer=sgd", "federation.server.lr=0.5"]
 SETTINGS = {
     "public": ["codec.refresh=1"],
     "client fit": ["codec.fit_at=client", "lora.init=public"],
@@ -82,6 +84,19 @@ def killed_in_round(number: int, record):
     return call
 
 
+def begun(tiny, given, folder):
+    """The numbers that a run begins with."""
+    build(load_config(tiny / "config.yaml", given), 5).engine.save(folder)
+    return numbers(folder)
+
+
+def numbers(folder):
+    """An adapter's factors, and the product of each pair, by name."""
+    factors = load_file(folder / "adapter_model.safetensors")
+    firsts = [key for key in factors if "lora_A" in key]
+    return factors | {key.replace("lora_A", "product"): factors[key.replace("lora_A", "lora_B")] @ factors[key] for key in firsts}
+
+
 @pytest.mark.parametrize("name", [*SETTINGS, *(f"interrupted-{name}" for name in INTERRUPTED)])
 def test_two_ranks_do_what_one_process_does(name, two_ranks, tiny, tmp_path, no_plot):
     two, name = two_ranks / name, name.removeprefix("interrupted-")
@@ -92,8 +107,12 @@ def test_two_ranks_do_what_one_process_does(name, two_ranks, tiny, tmp_path, no_
     results = json.loads((two / "results.json").read_text())
     assert results["epsilon"] == alone["epsilon"]
     assert results["loss"] == pytest.approx(alone["loss"], rel=1e-4)
-    found, expected = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (two, one))
-    assert found.keys() == expected.keys()
-    atol = OF_PRODUCTS if name in ("stack", "residual") else ATOL
+    start = begun(tiny, overrides(name), tmp_path / "start")
+    found, expected = (numbers(folder / "adapter") for folder in (two, one))
+    assert found.keys() == expected.keys() == start.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, atol=atol, rtol=1e-4)
+        if name in ("stack", "residual") and "product" not in key:
+            continue  # factors of a whole matrix again, by its singular vectors
+        moved = (value - start[key]).abs().max()
+        assert moved > 0 or "lora_A" in key  # which stands still as long as B is zero
+        assert (found[key] - value).abs().max() <= OFF * moved + ROUNDING * value.abs().max()
