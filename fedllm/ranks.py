@@ -50,8 +50,8 @@ def launched() -> bool:
 
 
 def team() -> Team | None:
-    """The ranks that this process has joined; None for a process on its own."""
-    return _team
+    """The ranks that this process has joined; None for a process on its own, though it be a team of one."""
+    return _team if _team is not None and _team.size > 1 else None
 
 
 def join() -> Team:
@@ -147,6 +147,16 @@ class Team:
             dist.all_reduce(tensor)
         return tensor
 
+    def meet(self, error: Exception | None = None) -> None:
+        """Go on when all ranks have come as far as this; `error`: what kept this one from it.
+
+        Raises on rank 0 what another rank met, which must end it: the others get no answer.
+        """
+        for found in self.gather(None if error is None else self._told(error)) or ():
+            if found is not None:
+                raise found
+        self.broadcast()
+
     # -- rank 0's word, and the others' answers ------------------------------------------------------------------------------------------
 
     def tell(self, name: str, *arguments: Any, shares: Sequence[Any] | None = None) -> None:
@@ -189,11 +199,13 @@ class Team:
                 answer = getattr(worker, name)(*arguments)
             except RankLost:
                 raise
-            except SHOWN as error:
-                answer = error
             except Exception as error:
-                answer = RuntimeError(f"rank {self.rank}: {type(error).__name__}: {error}")
+                answer = self._told(error)
             self.send(answer, 0)
+
+    def _told(self, error: Exception) -> Exception:
+        """What rank 0 is to raise."""
+        return error if isinstance(error, SHOWN) else RuntimeError(f"rank {self.rank}: {type(error).__name__}: {error}")
 
     def stop(self) -> None:
         """Rank 0: let the others end. Those that are still at work learn it from the closed connection."""

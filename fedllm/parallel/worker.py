@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from fedllm.client import Encode
 from fedllm.lora_layers import beside_adapter
 from fedllm.models import quiet
 from fedllm.privacy.noise import Noise
-from fedllm.ranks import Team
+from fedllm.ranks import RankLost, Team
 from fedllm.release import PrivateSum
 from fedllm.schema import Config
 from fedllm.setting import Setting, build
@@ -30,14 +29,23 @@ class Worker:
 
     def __init__(self, team: Team):
         quiet()
-        self.mode: Any = None
+        self.team, self.mode = team, None
 
     def build(self, config: Config, public_seed: int) -> None:
         """Load model and data; public text, and what comes of it, is rank 0's alone."""
         alone = dataclasses.replace(
             config, task=dataclasses.replace(config.task, public=None), lora=dataclasses.replace(config.lora, init="random")
         )
-        self.mode = WORKERS[config.parallel.mode](build(alone, public_seed), config, public_seed)
+        mode = WORKERS[config.parallel.mode]
+        try:
+            setting = build(alone, public_seed)
+        except RankLost:
+            raise
+        except Exception as error:
+            if not mode.meets:
+                raise
+            self.team.meet(error)  # where rank 0 waits; it ends there
+        self.mode = mode(setting, config, public_seed)
 
     def __getattr__(self, command: str) -> Any:
         return getattr(self.mode, command)
@@ -45,6 +53,8 @@ class Worker:
 
 class ClientsWorker:
     """`clients`: the model and all clients' data, as rank 0 has them."""
+
+    meets = False
 
     def __init__(self, setting: Setting, config: Config, public_seed: int):
         self.engine = setting.engine
@@ -93,6 +103,8 @@ class ClientsWorker:
 class DataWorker:
     """`data`: this rank's part of the one engine (training/deepspeed_engine.py)."""
 
+    meets = True  # the other ranks, before the model is divided
+
     def __init__(self, setting: Setting, config: Config, public_seed: int):
         self.engine = setting.engine
 
@@ -101,4 +113,4 @@ class DataWorker:
         getattr(self.engine, name)(*arguments)
 
 
-WORKERS: dict[str, Callable[[Setting, Config, int], Any]] = {"clients": ClientsWorker, "data": DataWorker}
+WORKERS: dict[str, type[ClientsWorker] | type[DataWorker]] = {"clients": ClientsWorker, "data": DataWorker}

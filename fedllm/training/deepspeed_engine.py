@@ -14,6 +14,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,8 +57,8 @@ def on_all_ranks(method: Callable) -> Callable:
         if self.team.rank > 0:
             try:
                 method(self, *arguments)
-            except Exception as error:  # rank 0 is amid the same work, and waits for this rank's part: ending is all that it can be told
-                raise ranks.RankLost(f"rank {self.team.rank}: {error}") from error
+            except Exception as error:
+                raise self._amid(error) from error
             return None
         self.team.tell("on_engine", method.__name__, *arguments)
         try:
@@ -95,8 +96,13 @@ class DeepSpeedEngine(TorchEngine):
         self.team, self.file = team, file
         if file.checkpointing:
             checkpoint_layers(model)
-        team.all_reduce(torch.zeros(1))  # DeepSpeed's own patience is shorter than what rank 0 may have had to do first
-        self._asked = start(_Asked(model, objective), list(self.parameters.values()), file)
+        team.meet()  # DeepSpeed's own patience is shorter than what rank 0 may have had to do first
+        try:
+            self._asked = start(_Asked(model, objective), list(self.parameters.values()), file)
+        except Exception as error:
+            if team.rank == 0:
+                raise
+            raise self._amid(error) from error
         self.device = self.gradients.device = torch.device(self._asked.device)
 
     @on_all_ranks
@@ -151,6 +157,14 @@ class DeepSpeedEngine(TorchEngine):
             turn = batches[start_at : start_at + size]
             counts = self.team.rank < len(turn)
             yield (turn[self.team.rank], True) if counts else (turn[0].first(), False)
+
+    def _amid(self, error: Exception) -> ranks.RankLost:
+        """An error of a rank above 0 in work that rank 0 does too, and waits for this part of: ending is all that it can be told.
+
+        Where rank 0 met it as well, it has its time to tell.
+        """
+        time.sleep(ranks.GRACE)
+        return ranks.RankLost(f"rank {self.team.rank}: {error}")
 
     def _losses(self, batch: Batch, targets: np.ndarray) -> tuple[Tensor, Tensor | None]:
         return self._asked.module(batch.to(self.device), torch.from_numpy(targets[batch.index]).to(self.device))

@@ -5,11 +5,16 @@ import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from fedllm import ranks
+from fedllm.errors import UserError
+from fedllm.parallel import worker
+from fedllm.schema import Config, ParallelConfig
 
 COMMON = """
 import importlib, os, signal, sys
@@ -40,6 +45,8 @@ class Worker:
         print("noise"); print("noise", file=sys.stderr)
     def total(self, value):
         return self.team.all_reduce(value)
+    def come(self):
+        self.team.meet(UserError("no data here") if self.team.rank == 2 else None)
 """
 
 
@@ -121,6 +128,38 @@ return 2
     assert other == (0, "", "")
 
 
+def test_ranks_meet_and_rank_0_tells_what_kept_another():
+    work = """
+team.tell("come")
+try:
+    team.meet()
+except UserError as error:
+    return fail(str(error), 2)
+return len(list(team.replies()))
+"""
+    first, *others = ended(start(work, 3))
+    assert first == (2, first[1], "error: no data here\n")
+    assert others == [(ranks.LOST, "", "")] * 2
+    assert [each[0] for each in ended(start(work))] == [1, 0]
+
+
+def test_a_rank_that_cannot_build_says_so_where_rank_0_waits(monkeypatch):
+    error, met = UserError("no data here"), []
+
+    def failing(config, public_seed):
+        raise error
+
+    def meet(found):
+        met.append(found)
+        raise ranks.RankLost("rank 0 ended")
+
+    monkeypatch.setattr(worker, "build", failing)
+    for mode, raised in (("clients", UserError), ("data", ranks.RankLost)):
+        with pytest.raises(raised):
+            worker.Worker(SimpleNamespace(meet=meet)).build(Config(parallel=ParallelConfig(mode=mode)), 0)
+    assert met == [error]
+
+
 def test_a_killed_rank_ends_rank_0_with_one_line():
     first, other = ended(start("try:\n    team.ask('die')\nexcept ranks.RankLost as error:\n    return fail(str(error), 1)"))
     assert other[0] == -signal.SIGKILL
@@ -136,6 +175,11 @@ def test_rank_0_fails_while_the_others_work():
     first, other = ended(start("team.tell('square', 3)\nprint('out')\nreturn fail('wrong', 2)"))
     assert first[0] == 2 and first[1].endswith("out\n") and first[2] == "error: wrong\n"
     assert other == (ranks.LOST, "", "")
+
+
+def test_a_team_of_one_is_a_process_on_its_own(monkeypatch):
+    monkeypatch.setattr(ranks, "_team", ranks.Team(0, 1))
+    assert ranks.team() is None and ranks.join().size == 1
 
 
 def test_a_process_without_launcher_has_no_ranks():
