@@ -13,7 +13,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 def pretend(folder: Path, adapter: torch.Tensor, ledger: str = "{}\n") -> Path:
     (folder / "adapter").mkdir(parents=True)
-    save_file({"a": adapter}, folder / "adapter" / "adapter_model.safetensors")
+    save_file({"q.lora_A.weight": torch.ones(3), "q.lora_B.weight": adapter}, folder / "adapter" / "adapter_model.safetensors")
     (folder / "ledger.jsonl").write_text(ledger)
     return folder
 
@@ -22,10 +22,16 @@ RESULTS = {"epsilon": {"release": {"epsilon": 8.0}}, "loss": 0.5, "seconds": {"t
 
 
 @pytest.mark.parametrize(("off", "agree"), [(1e-6, True), (1e-4, False), (float("nan"), False)])
-def test_adapters_agree_within_the_stated_tolerance_only(off, agree, tmp_path):
+def test_adapters_agree_within_a_small_part_of_what_training_changed(off, agree, tmp_path):
     compared = runpy.run_path(str(SCRIPTS / "check_ranks.py"))["compared"]
-    one, two = pretend(tmp_path / "one", torch.zeros(3)), pretend(tmp_path / "two", torch.tensor([0.0, off, 0.0]))
+    one, two = pretend(tmp_path / "one", torch.tensor([0.01, 0.0, 0.0])), pretend(tmp_path / "two", torch.tensor([0.01, off, 0.0]))
     assert compared(two, one, RESULTS, RESULTS)["adapters_agree"] is agree
+
+
+def test_an_adapter_that_training_left_alone_agrees_with_nothing(tmp_path):
+    compared = runpy.run_path(str(SCRIPTS / "check_ranks.py"))["compared"]
+    one, two = (pretend(tmp_path / name, torch.zeros(3)) for name in ("one", "two"))
+    assert not compared(two, one, RESULTS, RESULTS)["adapters_agree"]
 
 
 def test_another_ledger_or_epsilon_is_seen(tmp_path):
