@@ -22,7 +22,8 @@ pytest.importorskip("deepspeed")
 
 ROWS = 1e-5  # beside the largest number: sums in another order, float32
 PATH = 1e-4  # after three steps
-ATOL, RTOL = 2e-6, 1e-4  # of final adapters, whose numbers are of the size 0.1 .. 1
+OFF = 1e-4  # of final adapters, beside the way that training moved B, which began at zero: A's random start is large beside that
+ROUNDING = 1e-7  # of the largest number, in float32
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +101,10 @@ def test_a_run_is_the_same_in_one_process_on_two_ranks_and_taken_up_by_them(laun
     assert results["loss"] == pytest.approx(alone[1]["loss"], rel=1e-5)
     found, expected = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (launched / name, whole))
     assert found.keys() == expected.keys()
+    moved = max(value.abs().max() for key, value in expected.items() if "lora_B" in key)
     for key, value in expected.items():
         assert value.any()
-        torch.testing.assert_close(found[key], value, atol=ATOL, rtol=RTOL)
+        assert (found[key] - value).abs().max() <= OFF * moved + ROUNDING * value.abs().max()
 
 
 @pytest.mark.parametrize("name", [*RUNS, "begun"])
