@@ -125,7 +125,7 @@ class Products:
     def begin(self, adapter: Tensor, of_state: bool = False) -> None:
         self.adapter, self._waiting = adapter, []
         self.origin = torch.zeros_like(adapter) if of_state else adapter
-        self._sums = {name: torch.zeros_like(dense, dtype=torch.float64) for name, dense in self.dense.items()}
+        self._sums = {name: torch.zeros(dense.shape, dtype=torch.float64) for name, dense in self.dense.items()}
 
     def add(self, update: Tensor, weight: float = 1.0) -> None:
         self._waiting.append((update, weight))
@@ -155,7 +155,7 @@ class Products:
 
     def _to_dense(self, grown: dict[str, Tensor]) -> None:
         """Add (alpha/r) times `grown` to the dense matrices; all or, where something is not finite, FloatingPointError and none."""
-        sums = {name: (self.dense[name].double() + self.pairs[name].scaling * value).float() for name, value in grown.items()}
+        sums = {name: (self.dense[name].double().cpu() + self.pairs[name].scaling * value).float() for name, value in grown.items()}
         if not all(torch.isfinite(value).all() for value in sums.values()):
             raise FloatingPointError("the aggregated product is not finite")
         for name, value in sums.items():

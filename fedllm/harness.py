@@ -101,14 +101,12 @@ def load_tasks(names: Sequence[str], files: Path | None) -> dict[str, Any]:
 
 def load(config: Any, adapter: Path) -> tuple[Any, Any]:
     """The base with the saved adapter as any PEFT user would load it, and its tokenizer; on a GPU where there is one."""
-    import torch
     from peft import PeftModel
 
-    from fedllm.models import load_model
+    from fedllm.models import default_device, load_model
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     lora = {"r": config.lora.r, "alpha": config.lora.alpha, "targets": config.lora.targets}
-    fresh, tokenizer = load_model(config.model.name, "text", dtype=config.model.dtype, device=device, **lora)
+    fresh, tokenizer = load_model(config.model.name, "text", dtype=config.model.dtype, device=default_device(), **lora)
     return PeftModel.from_pretrained(fresh.unload(), adapter).eval(), tokenizer
 
 

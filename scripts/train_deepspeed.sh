@@ -58,6 +58,7 @@ if [ -n "$hostfile" ]; then
         ssh -o BatchMode=yes -o ConnectTimeout=10 "$host" true < /dev/null > /dev/null 2>&1 ||
             fail "$host ($hostfile): not reachable by ssh; expected a host that answers without a password"
     done
+    command -v pdsh > /dev/null || fail "several machines need pdsh, which is not installed; expected the package pdsh of your system"
     launch+=(--hostfile "$hostfile")
 else
     if [ -z "$ranks" ]; then

@@ -96,7 +96,7 @@ def write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: GenerateCo
         for start in range(0, len(asked), BATCH):
             given = tokenizer(
                 asked[start : start + BATCH], return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False
-            )
+            ).to(model.device)
             with torch.random.fork_rng(devices=[]), torch.inference_mode():
                 torch.manual_seed(SEED + start)
                 tokens = model.generate(

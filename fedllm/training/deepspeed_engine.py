@@ -108,7 +108,7 @@ class DeepSpeedEngine(TorchEngine):
     @on_all_ranks
     def adapter(self) -> Tensor:
         with self._whole(self.parameters.values()):
-            return super().adapter().cpu()
+            return super().adapter()
 
     @on_all_ranks
     def load(self, flat: Tensor) -> None:

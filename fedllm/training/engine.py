@@ -73,7 +73,7 @@ def chunks(count: int, length: int) -> Iterator[slice]:
 
 
 class TorchEngine:
-    """Local training and evaluation of one model.
+    """Local training and evaluation of one model, on the device that it is on; what comes out is in memory.
 
     The adapter is what `layout` names; everything else of the model stays as it is.
     """
@@ -84,10 +84,11 @@ class TorchEngine:
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.layout = AdapterLayout.of(self.parameters.items())
         self.gradients = UnitGradients(model, self.layout)
+        self.device = self.gradients.device
 
     def adapter(self) -> Tensor:
         """The adapter as one vector [n]."""
-        return self.layout.flatten(self.parameters)
+        return self.layout.flatten(self.parameters).cpu()
 
     @torch.no_grad()
     def load(self, flat: Tensor) -> None:
@@ -170,17 +171,17 @@ class TorchEngine:
 
     def _losses(self, batch: Batch, targets: np.ndarray) -> tuple[Tensor, Tensor | None]:
         """Losses and right answers of a batch; targets: of all examples."""
-        return self.objective(self.model, batch, torch.from_numpy(targets[batch.index]))
+        return self.objective(self.model, batch.to(self.device), torch.from_numpy(targets[batch.index]).to(self.device))
 
     def _logits(self, batch: Batch) -> Tensor:
-        return self.objective.logits(self.model, batch)
+        return self.objective.logits(self.model, batch.to(self.device))
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def _over_ranks(self, sums: Tensor) -> Tensor:
         """The sum over all processes, in memory."""
-        return sums
+        return sums.cpu()
 
     def _path(self, data: Encoded, unit: np.ndarray, steps: int, lr: float, prox: float) -> Tensor:
         """Old minus new adapter after SGD steps of one unit [1, n]; the adapter is put back."""

@@ -9,7 +9,9 @@ from fedllm.training.engine import Engine, TorchEngine
 
 
 def _torch(config: Config) -> Callable[..., Engine]:
-    return TorchEngine
+    from fedllm.models import default_device
+
+    return lambda model, *rest: TorchEngine(model.to(default_device()), *rest)
 
 
 def _deepspeed(config: Config) -> Callable[..., Engine]:

@@ -54,7 +54,8 @@ class Spaces:
         a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
         self.rank = a.out_features
         self.mix_in, self.mix_out = (
-            torch.randn(side, min(side, OVERSAMPLING * self.rank + 8), generator=generator) for side in (a.in_features, b.out_features)
+            torch.randn(side, min(side, OVERSAMPLING * self.rank + 8), generator=generator).to(a.weight.device)
+            for side in (a.in_features, b.out_features)
         )
         self.right, self.left = torch.zeros_like(self.mix_in), torch.zeros_like(self.mix_out)
         self.handle = layer.register_forward_hook(self._forward)
@@ -72,7 +73,7 @@ class Spaces:
         """The leading directions, orthonormal: right ones as rows [r, in], left ones as columns [out, r]. Ends the collecting."""
         self.handle.remove()
         right, left = (
-            _nystrom(mixed.double(), mix.double())[:, : self.rank].float()
+            _nystrom(mixed.double().cpu(), mix.double().cpu())[:, : self.rank].float()
             for mixed, mix in ((self.right, self.mix_in), (self.left, self.mix_out))
         )
         return right.T, left
