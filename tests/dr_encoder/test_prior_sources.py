@@ -33,7 +33,7 @@ def test_every_prior_says_what_it_costs():
         "random": "none: random numbers of a public seed",
     }
     written = priors.from_public_gradients(LAYOUT, rows, generated=True)
-    assert (written.name, written.cost) == ("generated", "none: text that the base model wrote")
+    assert (written.name, written.cost) == ("generated", "none: text that a language model wrote")
     assert priors.from_moments(LAYOUT, torch.zeros(3), torch.ones(3)).cost == "stage 1 (in the ledger)"
     both = priors.mixture([public(), released, public(3)], [1, 1, 1])
     assert both.name == "public+released" and both.cost == "none: public text; none: post-processing of released codes"

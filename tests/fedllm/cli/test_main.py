@@ -58,7 +58,7 @@ def test_help_is_light():
         ["compare", "a"],
         ["privacy"],
         ["privacy", "frob"],
-        ["resume", "a", "b"],
+        ["evaluate", "a", "b"],
     ],
 )
 def test_wrong_use(arguments, capsys):
