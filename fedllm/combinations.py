@@ -7,7 +7,7 @@ import math
 from fedllm.errors import UserError
 from fedllm.privacy.claims import CALIBRATIONS, EXACT, SOUND
 from fedllm.privacy.groups import GROUPS, JOINT
-from fedllm.schema import GENERATED, Config
+from fedllm.schema import GENERATED, LABEL, Config
 from fedllm.validate import in_range, one_of
 
 # What a codec may be fitted on. ROWS stands for public gradients, alone or mixed with what costs nothing either.
@@ -268,9 +268,19 @@ def check_public(config: Config) -> None:
     task, needed, memory = config.task, config.codec.public_examples, config.codec.public_memory
     if memory > 0 and "public" not in config.codec.prior.split("+"):
         raise UserError(f"codec.public_memory={memory}: expected 0 with codec.prior={config.codec.prior}, which has no public gradients")
-    one_of("codec.public_labels", config.codec.public_labels, ("random", "model"))
-    if config.codec.public_labels == "model" and task.kind == "text":
-        raise UserError("codec.public_labels=model: expected random with task.kind=text, which has no labels")
+    labels = config.codec.public_labels
+    one_of("codec.public_labels", labels, ("random", "model", "given"))
+    if labels != "random" and task.kind == "text":
+        raise UserError(f"codec.public_labels={labels}: expected random with task.kind=text, which has no labels")
+    asked = task.public == GENERATED and LABEL in task.generate.prompt
+    if labels == "given" and not asked:
+        raise UserError(f"codec.public_labels=given: expected task.public={GENERATED} and {LABEL} in task.generate.prompt")
+    if LABEL in task.generate.prompt and task.kind == "text":
+        raise UserError(f"task.generate.prompt: expected no {LABEL} with task.kind=text, which has no labels")
+    if config.federation.warm_start.steps and task.public is None:
+        raise UserError("federation.warm_start.steps: expected 0 without task.public")
+    if config.federation.warm_start.steps and task.kind != "text" and labels != "given":
+        raise UserError(f"federation.warm_start.steps: expected codec.public_labels=given, not {labels}, which teaches nothing")
     if task.public != GENERATED:
         return
     if task.kind == "classify" and task.generate.model is None:

@@ -55,6 +55,7 @@ class Progress:
     codec_download: int = 0  # bytes of the codec for a client that has not got it; 0 where clients fitted their own
     prior: str = "none"
     before: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    start: dict[str, float | None] = dataclasses.field(default_factory=dict)  # after federation.warm_start, where there is one
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     stopped: str | None = None  # why fewer rounds than planned were run
@@ -104,16 +105,31 @@ class Federation:
         return self.progress
 
     def look_before(self, known: Evaluation | None) -> None:
-        """Loss and accuracy of the untrained model."""
+        """Loss and accuracy of the untrained model; then what public text teaches it."""
         with self.watch.phase("evaluation"):
             if known is None:
                 whole, part = evaluation.look(self.setting, self.config, self.monitor.phase, "evaluating the untrained model")
             else:
                 whole, part = known, evaluation.look_part(self.setting, self.config)
         self.progress.before = dataclasses.asdict(whole)
+        if self.config.federation.warm_start.steps:
+            whole, part = self.warm_start()
+            self.progress.start = dataclasses.asdict(whole)
         self.progress.history = [{"round": 0, **dataclasses.asdict(part)}]
         self.progress.started = True
         self.save()
+
+    def warm_start(self) -> tuple[Evaluation, Evaluation]:
+        """Train on public text, and look at the model that the rounds begin with."""
+        steps = self.config.federation.warm_start.steps
+        with self.watch.phase("local_training"), self.monitor.phase(f"{steps} steps on public text", total=steps) as advance:
+            try:
+                adapter = public.warm_start(self.setting, self.config, self.public_seed, advance)
+            except FloatingPointError as error:
+                raise RunStopped(f"federation.warm_start: {error}; expected a smaller lr there") from None
+            self.optimizer = ServerOptimizer(adapter, self.config.federation.server)
+        with self.watch.phase("evaluation"):
+            return evaluation.look(self.setting, self.config, self.monitor.phase, "evaluating the model after public text")
 
     def stage1(self) -> bool:
         """Private moments over warm-up rounds -> prior -> codec; False where the budget allowed no warm-up round at all."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fedllm.combinations import held_out_rows
 from fedllm.errors import UserError
-from fedllm.schema import Config
-from fedllm.server import ServerOptimizer
+from fedllm.schema import Config, ServerConfig
+from fedllm.server import SCHEDULES, ServerOptimizer
 from fedllm.setting import Setting
 from fedllm.training.engine import Encoded, Engine
 
@@ -65,11 +65,25 @@ def pseudo_units(rows: PublicGradients, per_unit: int) -> Tensor:
 def warm_up(setting: Setting, config: Config, seed: int, optimizer: ServerOptimizer) -> None:
     """A few server steps along public gradients; the adapter is loaded afterwards.
 
-    Labels are random here: along gradients of the model's own labels the mean step is zero.
+    Labels are random here (or given): along gradients of the model's own labels the mean step is zero.
     """
     for step in range(config.codec.warmup_public_steps):
         mean = _updates(setting, config, [seed, 3, step], config.codec.public_examples).mean(0)
         setting.engine.load(optimizer.step(mean))
+
+
+def warm_start(setting: Setting, config: Config, seed: int, advance: Callable[[int], None]) -> Tensor:
+    """Train on public text before the first round (`federation.warm_start`), at no privacy cost; the adapter [n], which is loaded.
+
+    Raises FloatingPointError where a step is not finite.
+    """
+    start = config.federation.warm_start
+    optimizer = ServerOptimizer(setting.engine.adapter(), ServerConfig(optimizer="adam", lr=start.lr))
+    for step in range(start.steps):
+        mean = _updates(setting, config, [seed, 6, step], start.examples).mean(0)
+        setting.engine.load(optimizer.step(mean, SCHEDULES["linear"](step, start.steps)))
+        advance(1)
+    return setting.engine.adapter()
 
 
 def drawn_labels(engine: Engine, data: Encoded, rng: np.random.Generator) -> np.ndarray:
@@ -84,6 +98,7 @@ def drawn_labels(engine: Engine, data: Encoded, rng: np.random.Generator) -> np.
 
 LABELS: dict[str, Callable[[Engine, Encoded, np.random.Generator], np.ndarray]] = {
     "random": lambda engine, data, rng: data.targets,  # drawn when the text was read
+    "given": lambda engine, data, rng: data.targets,  # written for them
     "model": drawn_labels,
 }
 

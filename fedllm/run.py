@@ -302,6 +302,8 @@ def gather(
         "perplexity": evaluation.perplexity(config, after.loss),
         "accuracy_before": progress.before["accuracy"],
         "loss_before": progress.before["loss"],
+        "accuracy_start": progress.start.get("accuracy"),  # after federation.warm_start
+        "loss_start": progress.start.get("loss"),
         "epsilon": {
             "delta": config.privacy.target.delta,
             "unit": config.privacy.unit,

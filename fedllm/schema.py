@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 GENERATED = "generated"  # task.public: text that a language model writes, see `data/generated.py`
+LABEL = "{label}"  # in task.generate.prompt
 
 
 @dataclass
@@ -24,7 +25,8 @@ class ColumnsConfig:
 
 @dataclass
 class GenerateConfig:
-    prompt: str = "Write a few sentences about {words}."  # asked of the writer; {words} becomes two everyday words
+    # Asked of the writer; {words} becomes two everyday words, {label} each label's word in turn, which the text then is an example of.
+    prompt: str = "Write a few sentences about {words}."
     model: str | None = None  # the writer: a causal LM, null for the base model itself
     count: int = 400
     max_new_tokens: int = 48
@@ -78,6 +80,13 @@ class ServerConfig:
 
 
 @dataclass
+class WarmStartConfig:
+    steps: int = 0  # of Adam on public text before the first round, along a rate that falls to zero
+    lr: float = 1e-3
+    examples: int = 50  # of each step
+
+
+@dataclass
 class FederationConfig:
     clients: int = 2000
     expected_cohort: int = 100
@@ -90,6 +99,7 @@ class FederationConfig:
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 
 
 @dataclass
@@ -104,7 +114,7 @@ class CodecConfig:
     decode: str = "mean"  # mean: once, the mean code | each: every message, then the mean (noise: local, or no privacy)
     bits: int = 16  # 8 | 16 | 32 (float32, not quantized; float64 for sums of units with noise: central)
     public_examples: int = 160  # public gradients at each fit; a fifth is held out for the clip norm
-    public_labels: str = "random"  # of those examples: random | model (drawn from its own prediction at each fit)
+    public_labels: str = "random"  # of these: random | model (drawn from its own prediction at each fit) | given (by {label} in the request)
     public_memory: int = 0  # earlier refits whose public gradients stay in the prior, weighing half as much with every refit
     warmup_rounds: int = 2  # stage 1 (prior: moments)
     warmup_public_steps: int = 3  # steps on public text before stage 1: at LoRA's start B = 0 and A's gradient is exactly zero

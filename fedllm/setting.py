@@ -71,10 +71,11 @@ def build(config: Config, public_seed: int, adapter: Path | None = None, phase: 
             # LoRA's start changes nothing of what the base writes.
             own = task.generate.model is None
             writer = (lambda: (model.get_base_model(), tokenizer)) if own else (lambda: load_writer(task.generate.model))
-            texts = generated.texts(writer, source, task.generate, phase or Display().phase)
+            words = prompts.label_words(names, task.words)
+            texts, labels = generated.texts(writer, source, task.generate, phase or Display().phase, words)
         else:
-            texts = sources.load(task.public, eval_examples=1, labelled=False, text=task.columns.public).train.texts
-        public = public_examples(config, encode, len(names), public_seed, texts)
+            texts, labels = sources.load(task.public, eval_examples=1, labelled=False, text=task.columns.public).train.texts, None
+        public = public_examples(config, encode, len(names), public_seed, texts, labels)
     side = "right" if task.kind == "classify" else "left"
     engine = make_engine(model, objective, tokenizer.pad_token_id or 0, config.engine.batch_tokens, side)
     fixed = {}
@@ -120,15 +121,18 @@ def make_objective(config: Config, tokenizer, label_names: list[str]):
     return objective, lambda texts: prompts.encode_plain(tokenizer, texts, task.max_length)
 
 
-def public_examples(config: Config, encode, labels: int, seed: int, texts: list[str], most: int = 4000) -> Encoded:
-    """Public text in the task's own prompt. Labels are drawn at random: see `codec.public_labels`."""
+def public_examples(
+    config: Config, encode, labels: int, seed: int, texts: list[str], given: np.ndarray | None = None, most: int = 4000
+) -> Encoded:
+    """Public text in the task's own prompt. Labels are drawn at random, or those given with the text: see `codec.public_labels`."""
     rng = np.random.default_rng([seed, 1])
-    texts = [texts[i] for i in rng.permutation(len(texts))[:most]]
+    chosen = rng.permutation(len(texts))[:most]
+    texts = [texts[i] for i in chosen]
     if len(texts) < config.codec.public_examples:
         raise UserError(
             f"task.public={config.task.public}: {len(texts)} texts, expected at least codec.public_examples={config.codec.public_examples}"
         )
-    targets = rng.integers(0, max(labels, 1), len(texts))
+    targets = given[chosen] if config.codec.public_labels == "given" else rng.integers(0, max(labels, 1), len(texts))
     return Encoded(encode(texts), targets)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from fedllm.data.assets import cache_dir
 from fedllm.errors import UserError
-from fedllm.schema import GenerateConfig
+from fedllm.schema import LABEL, GenerateConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,27 +45,32 @@ WORDS = (
 )  # fmt: skip
 
 
-def texts(open_writer: Writer, source: str, task: GenerateConfig, phase: Phase) -> list[str]:
-    """Texts of the writer, from the cache folder or written once and kept there; blank ones are left out.
+def texts(
+    open_writer: Writer, source: str, task: GenerateConfig, phase: Phase, words: Sequence[str] = ()
+) -> tuple[list[str], np.ndarray | None]:
+    """Texts of the writer, from the cache folder or written once and kept there, and their labels; blank ones are left out.
+
+    Labels are those that were asked for, where the request has `{label}` in it, else None.
 
     Args:
         open_writer: gives a causal LM as it was before any training, and its tokenizer; asked only where there is something to write.
         source: the folder or hub id that the model comes from.
         task: what is asked for, how many texts, how many tokens each at most.
         phase: (text, total) -> context that gives advance(count), as of `Monitor`.
+        words: of the labels, in their order.
     Raises: UserError where the cache folder cannot be written.
     """
-    path = cache_dir() / "generated" / f"{key(source, task)}.json"
+    words = tuple(words) if LABEL in task.prompt else ()
+    path = cache_dir() / "generated" / f"{key(source, task, words)}.json"
     try:
         if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+            return _told_apart(json.loads(path.read_text(encoding="utf-8")), words)
         path.parent.mkdir(parents=True, exist_ok=True)
         with phase(f"{task.model or 'the base model'} writes {task.count} texts", total=task.count) as advance:
             found = []
-            for some in write(*open_writer(), task):
+            for some in write(*open_writer(), task, words):
                 found += some
                 advance(len(some))
-        found = [text for text in found if text]
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as scratch:
             part = Path(scratch) / path.name
             part.write_text(json.dumps(found, ensure_ascii=False, indent=0), encoding="utf-8")
@@ -74,23 +79,31 @@ def texts(open_writer: Writer, source: str, task: GenerateConfig, phase: Phase) 
         raise UserError(
             f"task.public=generated: cannot write to {path.parent} ({error.strerror}); set FEDLLM_CACHE to another folder"
         ) from None
-    return found
+    return _told_apart(found, words)
 
 
-def key(source: str, task: GenerateConfig) -> str:
+def _told_apart(found: list[str], words: Sequence[str]) -> tuple[list[str], np.ndarray | None]:
+    """Texts that are not blank, and the labels that they were asked for."""
+    written = [i for i, text in enumerate(found) if text]
+    return [found[i] for i in written], np.array([i % len(words) for i in written], dtype=np.int64) if words else None
+
+
+def key(source: str, task: GenerateConfig, words: Sequence[str] = ()) -> str:
     """16 hex digits over the model's files and everything that a text depends on."""
     folder = Path(source)
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     model = [source, *(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)]
-    values = [model, task.prompt, task.count, task.max_new_tokens, SEED, BATCH, TEMPERATURE, TOP_P, WORDS]
+    values = [model, task.prompt, task.count, task.max_new_tokens, SEED, BATCH, TEMPERATURE, TOP_P, WORDS, *words]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: GenerateConfig) -> Iterator[list[str]]:
+def write(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: GenerateConfig, words: Sequence[str] = ()
+) -> Iterator[list[str]]:
     """The texts, a batch at a time, sampled at TEMPERATURE from the most likely tokens that hold TOP_P together."""
     import torch
 
-    asked = [ask(tokenizer, prompt) for prompt in prompts(task)]
+    asked = [ask(tokenizer, prompt) for prompt in prompts(task, words)]
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
         for start in range(0, len(asked), BATCH):
@@ -115,11 +128,12 @@ def write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: GenerateCo
         tokenizer.padding_side = side
 
 
-def prompts(task: GenerateConfig) -> list[str]:
-    """The requests: `{words}` becomes two everyday words, others each time."""
+def prompts(task: GenerateConfig, words: Sequence[str] = ()) -> list[str]:
+    """The requests: `{words}` becomes two everyday words, others each time, and `{label}` the labels' words, one after another."""
     rng = np.random.default_rng(SEED)
     pairs = (rng.choice(WORDS, 2, replace=False) for _ in range(task.count))
-    return [task.prompt.replace("{words}", " and ".join(pair)) for pair in pairs]
+    asked = [task.prompt.replace("{words}", " and ".join(pair)) for pair in pairs]
+    return [prompt.replace(LABEL, words[i % len(words)]) for i, prompt in enumerate(asked)] if words else asked
 
 
 def ask(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

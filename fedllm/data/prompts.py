@@ -76,17 +76,26 @@ WORDS = {
 }  # fmt: skip
 
 
-def label_prompt(
-    source: str, label_names: Sequence[str], template: str | None = None, words: Sequence[str] | None = None
-) -> LabelPrompt:
-    """The prompt of a source: its own template and words, unless given (task.prompt, task.words in label order)."""
-    if words is not None and len(words) != len(label_names):
+def label_words(label_names: Sequence[str], words: Sequence[str] | None = None) -> list[str]:
+    """One word a label: as given (task.words), or its name, where that is none the one that stands for it.
+
+    Raises UserError where as many words as labels are not given.
+    """
+    if words is None:
+        return [WORDS.get(name, name) for name in label_names]
+    if len(words) != len(label_names):
         raise UserError(
             f"task.words: {len(words)} words for {len(label_names)} labels; expected one for each of "
             f"{', '.join(label_names)}, in this order"
         )
-    chosen = words if words is not None else [WORDS.get(name, name) for name in label_names]
-    spaced = tuple(word if word[:1].isspace() else " " + word for word in chosen)
+    return list(words)
+
+
+def label_prompt(
+    source: str, label_names: Sequence[str], template: str | None = None, words: Sequence[str] | None = None
+) -> LabelPrompt:
+    """The prompt of a source: its own template and words, unless given (task.prompt, task.words in label order)."""
+    spaced = tuple(word if word[:1].isspace() else " " + word for word in label_words(label_names, words))
     return LabelPrompt(template or TEMPLATES.get(source, DEFAULT_TEMPLATE), spaced)
 
 
