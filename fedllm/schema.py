@@ -114,7 +114,7 @@ class CodecConfig:
     decode: str = "mean"  # mean: once, the mean code | each: every message, then the mean (noise: local, or no privacy)
     bits: int = 16  # 8 | 16 | 32 (float32, not quantized; float64 for sums of units with noise: central)
     public_examples: int = 160  # public gradients at each fit; a fifth is held out for the clip norm
-    public_labels: str = "random"  # of these: random | model (drawn from its own prediction at each fit) | given (by {label} in the request)
+    public_labels: str = "random"  # of these: random | model (drawn from its prediction at each fit) | given (by {label} in a request)
     public_memory: int = 0  # earlier refits whose public gradients stay in the prior, weighing half as much with every refit
     warmup_rounds: int = 2  # stage 1 (prior: moments)
     warmup_public_steps: int = 3  # steps on public text before stage 1: at LoRA's start B = 0 and A's gradient is exactly zero

@@ -106,7 +106,7 @@ def load(
         )
     order = np.random.default_rng(SPLIT_SEED).permutation(len(train))
     if train.users is None:
-        return Dataset(source, train.take(np.sort(order[eval_examples:])), train.take(np.sort(order[:eval_examples])))
+        return Dataset(source, train.take(np.sort(order[eval_examples:])), train.take(order[:eval_examples]))
     return _split_users(source, train, eval_examples)
 
 
@@ -267,4 +267,4 @@ def _is_int(value: str) -> bool:
 def _sample(table: Table, count: int) -> Table:
     if len(table) <= count:
         return table
-    return table.take(np.sort(np.random.default_rng(SPLIT_SEED).permutation(len(table))[:count]))
+    return table.take(np.random.default_rng(SPLIT_SEED).permutation(len(table))[:count])

@@ -278,6 +278,11 @@ COMBINATIONS = [
     (["codec.fit_at=client", "codec.public_memory=1"], "codec.fit_at=client: expected server with codec.public_memory=1"),
     (["codec.prior=moments", "codec.public_memory=1"], "codec.public_memory=1: expected 0 with codec.prior=moments"),
     (["codec.public_labels=model", "task.kind=text"], "codec.public_labels=model: expected random with task.kind=text"),
+    (["codec.public_labels=given"], "codec.public_labels=given: expected task.public=generated and {label} in task.generate.prompt"),
+    (["task.kind=text", "task.generate.prompt=a {label}"], "task.generate.prompt: expected no {label} with task.kind=text"),
+    (["federation.warm_start.steps=1"], "federation.warm_start.steps: expected codec.public_labels=given, not random"),
+    (["federation.warm_start.steps=-1"], "federation.warm_start.steps"),
+    (["federation.warm_start.lr=0"], "federation.warm_start.lr"),
     (["task.public=null"], "task.public: expected a source of public text for codec.prior=public"),
     (
         ["task.public=null", "codec.prior=moments", "privacy.clip.norm=1"],

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from dr_encoder.layout import AdapterLayout
-from fedllm import priors, public, run
-from fedllm.setting import build
+from fedllm import federation, priors, public, run
+from fedllm.data import generated
+from fedllm.setting import build, load_task, make_objective
 from fedllm.training.engine import Encoded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,6 +77,73 @@ def test_the_same_seed_and_model_give_the_same_gradients(trained, configured):
 def test_runs_with_the_models_own_labels(overrides, configured, no_plot):
     results = run.train(configured("run", "codec.public_labels=model", *overrides))
     assert results["rounds"] == 2 and results["epsilon"]["private"]
+
+
+LABELLED = [
+    "task.public=generated",
+    "task.generate.prompt=a {label} film of {words}",
+    "task.generate.count=40",
+    "task.generate.max_new_tokens=6",
+    "codec.public_labels=given",
+]
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
+
+
+def test_given_labels_are_those_the_text_was_written_for(configured, own_cache, monkeypatch):
+    written = ["film " * (1 + i // 2) + ("bad", "good")[i % 2] for i in range(40)]
+    monkeypatch.setattr(generated, "write", lambda *args: iter([written]))
+    setting = build(configured("run", *LABELLED, "task.max_length=32"), 3)
+    config = configured("other", *LABELLED, "task.max_length=32")
+    _, encode = make_objective(config, setting.tokenizer, load_task(config).train.label_names)
+    order = np.random.default_rng([3, 1]).permutation(40)
+    assert setting.public.targets.tolist() == [i % 2 for i in order]
+    assert setting.public.tokens == encode([written[i] for i in order])
+
+
+def test_a_warm_start_is_adam_on_the_public_text(configured, own_cache):
+    config = configured("run", *LABELLED, "federation.warm_start={steps: 4, lr: 0.01, examples: 20}")
+    setting, twin = build(config, 3), build(config, 3)
+    before = setting.engine.evaluate(setting.public).loss
+    found = public.warm_start(setting, config, 3, lambda count: None)
+    assert torch.equal(found, setting.engine.adapter()) and setting.engine.evaluate(setting.public).loss < before - 0.005
+    weights = twin.engine.adapter().requires_grad_()
+    adam = torch.optim.Adam([weights], lr=0.01, eps=config.federation.server.tau)
+    for step in range(4):
+        chosen = np.random.default_rng([3, 6, step]).permutation(len(twin.public))[:20]
+        data = Encoded([twin.public.tokens[i] for i in chosen], twin.public.targets[chosen])
+        weights.grad = next(twin.engine.updates(data, [np.arange(20)]))[1][0] / 20
+        adam.param_groups[0]["lr"] = 0.01 * (1 - step / 4)
+        adam.step()
+        twin.engine.load(weights.detach().clone())
+    assert off(found, weights.detach()) < 1e-3
+
+
+@pytest.mark.parametrize("overrides", [[], ["method=full_noise", "codec.code_size=null"], ["method=flora", "codec.code_size=null"]])
+def test_rounds_begin_where_the_warm_start_ends(overrides, configured, own_cache, no_plot):
+    first = ["seed=5", "federation.rounds=1", *LABELLED, *overrides]
+    start = "federation.warm_start={steps: %d, lr: 0.01, examples: 20}"
+    plain, warm = (run.train(configured(f"run{steps}", *first, start % steps)) for steps in (0, 3))
+    assert plain["loss_start"] is None and plain["accuracy_start"] is None
+    assert warm["loss_before"] == plain["loss_before"] != warm["loss_start"]
+    assert warm["epsilon"]["release"]["epsilon"] == plain["epsilon"]["release"]["epsilon"]  # it costs nothing
+    assert warm["history"][0]["loss"] != plain["history"][0]["loss"]
+    assert abs(warm["loss"] - warm["loss_start"]) < abs(warm["loss"] - warm["loss_before"]) + 1  # a finite, trained model
+
+
+def test_a_resumed_run_keeps_its_warm_start(configured, own_cache, no_plot, monkeypatch, tmp_path):
+    settings = ["seed=5", *LABELLED, "federation.warm_start={steps: 3, lr: 0.01, examples: 20}"]
+    whole = run.train(configured("whole", *settings))
+    with monkeypatch.context() as patch:
+        patch.setattr(federation.Federation, "stage2_round", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.train(configured("cut", *settings))
+    monkeypatch.setattr(public, "warm_start", lambda *args: pytest.fail("started again"))
+    again = run.resume(tmp_path / "cut")
+    assert again["loss_start"] == whole["loss_start"] and again["loss"] == pytest.approx(whole["loss"], rel=1e-6)
 
 
 def test_earlier_gradients_weigh_half_with_every_refit():

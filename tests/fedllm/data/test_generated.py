@@ -54,7 +54,7 @@ def test_a_batch_is_what_a_plain_loop_writes(loaded, monkeypatch):
     monkeypatch.setattr(generated, "TOP_P", 1e-6)
     monkeypatch.setattr(generated, "LEAST_TOKENS", 0)
     requests = ["the film", "a long story of music and the team with", "scene"]
-    monkeypatch.setattr(generated, "prompts", lambda task: requests)
+    monkeypatch.setattr(generated, "prompts", lambda *args: requests)
     model, tokenizer = loaded
     expected = []
     for request in requests:
@@ -85,6 +85,25 @@ def test_every_request_has_other_words():
     assert generated.prompts(GenerateConfig(prompt="the film of {words}", count=5)) == asked[:5]
 
 
+def test_labels_are_asked_for_in_turn():
+    task = GenerateConfig(prompt="a {label} film of {words}", count=5)
+    asked = generated.prompts(task, ["bad", "good", "odd"])
+    assert [request.split()[1] for request in asked] == ["bad", "good", "odd", "bad", "good"]
+    plain = generated.prompts(GenerateConfig(prompt="the film of {words}", count=5))
+    assert [request.split(" of ")[1] for request in asked] == [request.split(" of ")[1] for request in plain]
+
+
+def test_each_text_keeps_the_label_it_was_asked_for(loaded, tiny, monkeypatch):
+    """Blank texts are left out without moving the labels of those behind them, when written and when read from the cache."""
+    task, words = GenerateConfig(prompt="a {label} film", count=7, max_new_tokens=6), ["bad", "good", "odd"]
+    monkeypatch.setattr(generated, "write", lambda *args: iter([["b0", "", "o2", "b3"], ["", "o5", "b6"]]))
+    for _ in range(2):
+        found, labels = generated.texts(lambda: loaded, str(tiny / "model"), task, Display().phase, words)
+        assert found == ["b0", "o2", "b3", "o5", "b6"] and [words[i][0] for i in labels] == [text[0] for text in found]
+        monkeypatch.setattr(generated, "write", lambda *args: pytest.fail("written again"))
+    assert generated.key("m", task, words) != generated.key("m", task, words[::-1])
+
+
 def test_they_are_written_once(loaded, tiny, monkeypatch):
     shown = []
 
@@ -94,7 +113,7 @@ def test_they_are_written_once(loaded, tiny, monkeypatch):
             return super().phase(text, total)
 
     first = texts(loaded, tiny, Shown())
-    assert shown == [("the base model writes 37 texts", 37)] and first == [text for text in written(loaded) if text]
+    assert shown == [("the base model writes 37 texts", 37)] and first == ([text for text in written(loaded) if text], None)
     monkeypatch.setattr(generated, "write", lambda *args: pytest.fail("written again"))
     assert texts(loaded, tiny, Shown()) == first and len(shown) == 1
 
@@ -151,7 +170,7 @@ def test_another_model_writes_for_one_that_cannot(configured, tiny, tmp_path, no
     assert results["rounds"] == 1
     (file,) = (tmp_path / "cache" / "generated").iterdir()
     writer, request = str(tiny / "model"), GenerateConfig("the film of {words}", None, 40, 6)
-    assert json.loads(file.read_text()) == [text for text in written(load_writer(writer), request) if text]
+    assert json.loads(file.read_text()) == written(load_writer(writer), request)
 
 
 def test_generated_text_has_no_labels():
