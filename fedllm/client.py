@@ -14,11 +14,12 @@ from dr_encoder.layout import AdapterLayout
 from dr_encoder.message import pack
 from dr_encoder.moments import unit_moments
 from dr_encoder.quantize import quantize
-from fedllm.privacy.clipping import clip_bits, clip_by_group, clip_units, unit_norms
+from fedllm.privacy.clipping import clip_bits, clip_by_group, clip_units_, unit_norms
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
 
 Encode = Callable[[Tensor], Tensor]  # [units, n] -> [units, size]
+BLOCK = 2**19  # values added at once
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ def code_of(codec: Codec, adapter: Tensor | None) -> Encode:
 def unit_vectors(updates: Tensor, encode: Encode, spec: PrivateSum) -> Tensor:
     """What each unit adds to its client's sum: updates [units, n] -> clipped vectors of norm at most spec.sensitivity.
 
+    The updates are overwritten where they are what is clipped: copies of them cost more than all the rest.
+
     `noise_in: code` encodes, then clips, [units, size]; `noise_in: update` clips the update itself, [units, n]; clip groups one by one,
     each to spec.clip. With an adaptive clip the last coordinate is the unit's bit, +-1/2 of spec.bit_weight; it shares the event's noise.
     The bit is exact in float64 alone.
@@ -49,12 +52,19 @@ def unit_vectors(updates: Tensor, encode: Encode, spec: PrivateSum) -> Tensor:
     if not spec.private:
         expect_finite(vectors)
         return vectors
-    clipped = clip_by_group(vectors, spec.clip, spec.groups) if spec.groups else clip_units(vectors, spec.clip)
-    if spec.bit_weight == 0:
+    norms = unit_norms(vectors) if spec.bit_weight else None
+    clipped = clip_by_group(vectors, spec.clip, spec.groups) if spec.groups else clip_units_(vectors.detach().float(), spec.clip)
+    if norms is None:
         return clipped
-    norms = unit_norms(vectors)
     bits = torch.where(norms.isfinite(), clip_bits(norms, spec.clip), 0.0) * spec.bit_weight
     return torch.cat([clipped.double(), bits[:, None]], dim=1)
+
+
+def add_rows(totals: Tensor, places: Tensor, rows: Tensor) -> None:
+    """Add each of rows [units, size] to the row of totals [clients, size], float64, that `places` [units] names."""
+    width = max(1, BLOCK // max(1, len(rows)))  # a float64 copy of all rows at once would be twice what they take
+    for start in range(0, rows.shape[1], width):
+        totals[:, start : start + width].index_add_(0, places, rows[:, start : start + width].double())
 
 
 def expect_finite(vectors: Tensor) -> None:

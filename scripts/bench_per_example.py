@@ -109,7 +109,7 @@ class Steps:
         import numpy as np
         import torch
 
-        from fedllm.client import unit_vectors
+        from fedllm.client import add_rows, unit_vectors
         from fedllm.privacy.noise import Noise
         from fedllm.release import PrivateSum
         from fedllm.training.engine import Encoded
@@ -123,9 +123,10 @@ class Steps:
         )  # fmt: skip
 
         def step():
-            total = torch.zeros(spec.size, dtype=torch.float64)
-            for _, updates in engine.updates(data, units):
-                total += unit_vectors(updates, lambda rows: rows, spec).sum(0, dtype=torch.float64)
+            total = torch.zeros(1, spec.size, dtype=torch.float64)
+            for where, updates in engine.updates(data, units):
+                places = torch.zeros(where.stop - where.start, dtype=torch.int64)
+                add_rows(total, places, unit_vectors(updates, lambda rows: rows, spec))
             total += torch.from_numpy(noise.gaussian((spec.size,), spec.sum_std, purpose="server", stage=2, round=0))
             return [total / spec.expected]
 

@@ -32,13 +32,14 @@ from fedllm.bench.measure import alternate, ratios, timed  # noqa: E402
 
 LIMIT = 1.15
 EXAMPLES, TOKENS = 4, 40  # of a client, of an example
-COHORT, COHORT_QUICK = 50, 10
+CLIENTS, COHORT, COHORT_QUICK = 1000, 50, 10
 CASES = {
     "linear": ["codec.family=linear"],
     "identity": ["codec.family=identity", "codec.code_size=null"],
     "identity, central": ["codec.family=identity", "codec.code_size=null", "privacy.noise=central"],
 }
 COMMON = ["codec.refresh=0", "task.monitor_examples=1", "task.eval_examples=20", f"federation.expected_cohort={COHORT}"]
+COMMON += ["task.public=newsgroups", "codec.public_labels=random", "federation.warm_start.steps=0"]  # a round is the same with any text
 
 
 class Bench:
@@ -221,7 +222,8 @@ def main(arguments: list[str] | None = None) -> int:
             overrides = [*COMMON, f"federation.expected_cohort={COHORT_QUICK}", "lora.r=8"]
             answer = bench(folder / "tiny" / "config.yaml", overrides, 3, [8, 40], folder)
         else:
-            answer = bench(ROOT / "configs" / "classify.yaml", COMMON, given.cycles, [4, 8, 16, 32, 50, 64, 100, 200], folder)
+            overrides = [*COMMON, f"federation.clients={CLIENTS}"]
+            answer = bench(ROOT / "configs" / "classify.yaml", overrides, given.cycles, [4, 8, 16, 32, 50, 64, 100, 200], folder)
     held = None if given.quick else all(row["wall_ratio"]["median"] <= LIMIT for row in answer["rows"])
     answer |= {"limits": {"time_ratio": LIMIT}, "held": held, "threads": torch.get_num_threads()}
     print(json.dumps(answer, indent=2) if given.json else table(answer))

@@ -19,19 +19,33 @@ def clip_units(codes: torch.Tensor, clip: float) -> torch.Tensor:
     many there were is private.
 
     codes: [units, k]; rows beyond 1e36 C may come out shorter than C. clip: C > 0, finite.
-    Norms in float64; the factor is rounded towards zero until the rounded result fits.
+    Norms in float64; the factor is rounded towards zero, and once more until the rounded result fits.
     """
+    return clip_units_(codes.detach().to(torch.float32, copy=True), clip)
+
+
+def clip_units_(codes: torch.Tensor, clip: float) -> torch.Tensor:
+    """`clip_units` in place, of float32 codes that need no gradient; returns them. Rows may be larger than the processor's caches."""
     _check_clip(clip)
-    if codes.ndim != 2:
-        raise ValueError(f"Expected codes of shape [units, k], got {list(codes.shape)}")
+    if codes.ndim != 2 or codes.dtype != torch.float32:
+        raise ValueError(f"Expected float32 codes of shape [units, k], got {codes.dtype} {list(codes.shape)}")
     limit = clip * (1 - _MARGIN)
-    result = codes.detach().to(torch.float32, copy=True)
-    norms = unit_norms(result)
-    result[~torch.isfinite(norms)] = 0.0
-    long = torch.nonzero(torch.isfinite(norms) & (norms > limit)).flatten()
-    if len(long):
-        result[long] = _scale_down(result[long], norms[long], limit)
-    return result
+    norms = unit_norms(codes)
+    finite = torch.isfinite(norms)
+    if not finite.all():
+        codes[~finite] = 0.0
+    long = finite & (norms > limit)
+    factors = torch.where(long, limit / norms, 1.0).to(torch.float32)
+    for _ in range(_STEPS):
+        if not long.any():
+            return codes
+        factors = torch.where(long, torch.nextafter(factors, torch.zeros_like(factors)), 1.0)
+        codes.mul_(factors[:, None])  # by 1: bit for bit the same
+        long = unit_norms(codes) > limit
+        factors = torch.ones_like(factors)  # of what rounding left too long: by one step of float32 more
+    # Only a clip norm near the smallest float32 gets here: rounding then outweighs the scaling.
+    codes[long] = 0.0
+    return codes
 
 
 def clip_by_group(codes: torch.Tensor, clip: float, groups: tuple[Group, ...]) -> torch.Tensor:
@@ -49,7 +63,7 @@ def clip_by_group(codes: torch.Tensor, clip: float, groups: tuple[Group, ...]) -
     result[~torch.isfinite(unit_norms(result))] = 0.0
     for group in groups:
         parts = [result[:, start:stop] for start, stop in group]
-        clipped = clip_units(torch.cat(parts, 1), clip).split([part.shape[1] for part in parts], 1)
+        clipped = clip_units_(torch.cat(parts, 1), clip).split([part.shape[1] for part in parts], 1)
         for part, shorter in zip(parts, clipped, strict=True):
             part.copy_(shorter)
     return result
@@ -86,20 +100,6 @@ def next_clip(clip: float, noisy_fraction: float, quantile: float, learning_rate
             f"Expected fraction={noisy_fraction}, quantile={quantile} in [0, 1] and learning_rate={learning_rate} >= 0"
         )
     return clip * math.exp(-learning_rate * (noisy_fraction - quantile))
-
-
-def _scale_down(rows: torch.Tensor, norms: torch.Tensor, limit: float) -> torch.Tensor:
-    """Multiply every row by the largest float32 factor, or one a few steps below, that brings its norm under limit."""
-    factors = (limit / norms).to(torch.float32)
-    for _ in range(_STEPS):
-        factors = torch.nextafter(factors, torch.zeros_like(factors))
-        scaled = rows * factors[:, None]
-        too_long = unit_norms(scaled) > limit
-        if not too_long.any():
-            return scaled
-    # Only a clip norm near the smallest float32 gets here: rounding then outweighs the scaling.
-    scaled[too_long] = 0.0
-    return scaled
 
 
 def _check_clip(clip: float) -> None:

@@ -111,7 +111,8 @@ class TorchEngine:
         """
         if steps == 1:
             for where in chunks(len(units), self.layout.size):
-                yield where, self._gradients(data, units[where]).mul_(lr)
+                gradients = self._gradients(data, units[where])
+                yield where, gradients if lr == 1 else gradients.mul_(lr)  # each pass over them costs as much as clipping does
         else:
             for place, unit in enumerate(units):
                 yield slice(place, place + 1), self._path(data, unit, steps, lr, prox)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dr_encoder.codecs import Codec
 from dr_encoder.feedback import ErrorFeedback
-from fedllm.client import Encode, code_of, expect_finite, message, unit_vectors
+from fedllm.client import Encode, add_rows, code_of, expect_finite, message, unit_vectors
 from fedllm.codec_fit import Announcement, client_fit
 from fedllm.privacy.noise import Noise
 from fedllm.public import PublicGradients
@@ -129,7 +129,7 @@ class Simulation:
             totals = torch.zeros(len(clients), length, dtype=torch.float64)
             for places in engine.batches(train, units) if spec.unit == "example" else [np.arange(len(units))]:
                 for where, clipped in self._trained([units[place] for place in places], vectors):
-                    totals.index_add_(0, row_of[places[where]], clipped.double())
+                    add_rows(totals, row_of[places[where]], clipped)
             yield from zip(clients, totals, strict=True)
 
     def _sampled(self, client: int, spec: PrivateSum) -> list[np.ndarray]:
