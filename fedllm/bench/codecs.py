@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dr_encoder.codecs import CODECS, Codec
 from dr_encoder.layout import AdapterLayout
@@ -73,6 +75,9 @@ def bench(
     noise = noise_of_sum(config, setting)
     per_unit = max(1, round(len(setting.train) / setting.partition.unit_count))
     rng = np.random.default_rng(SEED)
+    if config.federation.warm_start.steps:
+        with phase(f"{config.federation.warm_start.steps} steps on public text", total=config.federation.warm_start.steps) as advance:
+            public.warm_start(setting, config, public_seed("0" * 16, config), advance)
     layout, optimizer = setting.engine.layout, ServerOptimizer(setting.engine.adapter(), config.federation.server)
     candidates = [
         Candidate(family, prior, size)
@@ -87,6 +92,7 @@ def bench(
         with phase(f"round {number + 1} of {rounds}: updates of {2 * half + others} clients and public gradients"):
             cohorts = collect(setting, config, rng, half, others)
             rows = public.gradients(setting, config, public_seed("0" * 16, config), number)
+        cohorts = dataclasses.replace(cohorts, weights=adam_weights(layout, rows))
         add_oracle(oracle, cohorts)
         with phase(f"round {number + 1} of {rounds}: {len(candidates)} codecs", total=len(candidates)) as advance:
             for candidate in candidates:
@@ -107,6 +113,13 @@ def bench(
             {"codec": each.family, "prior": each.prior, "code_size": each.size, "reason": each.failed} for each in candidates if each.failed
         ],
     }
+
+
+def adam_weights(layout: AdapterLayout, rows: public.PublicGradients) -> Tensor:
+    """[n]: 1 / rms of each coordinate's factor, by public gradients, of mean 1; as `allocation`, which codes in this metric, has it."""
+    rms = factor_rms(layout, rows.fit)
+    weights = 1 / layout.spread(rms.clamp_min(1e-6 * rms.max())).double()
+    return (weights / weights.mean()).float()
 
 
 def usable(family: str, prior: str) -> bool:
@@ -152,6 +165,8 @@ def step(
         try:
             prior = prior_of(candidate, config, layout, cohorts, rows, number)
             options = {"steps": config.codec.fit_steps}
+            if candidate.family == "chain":
+                options["parts"] = tuple(config.codec.parts)
             candidate.codec = CODECS[candidate.family].fit(prior, layout, candidate.size, noise / expected, number, **options)
         except (ValueError, FloatingPointError) as error:
             candidate.failed = str(error)
@@ -184,6 +199,7 @@ def row(
     size = candidate.size if candidate.codec is None else candidate.codec.code_size
     bits = config.codec.bits if candidate.codec is not None and candidate.codec.summable and noise else 32
     sent = None if size is None else message_bytes(size, bits, config.federation.clients)
+    known = oracle[candidate.size].row() if candidate.size in oracle else {}
     return {
         "codec": candidate.family,
         "prior": candidate.prior,
@@ -191,7 +207,7 @@ def row(
         "code_size": size,
         "compression_ratio": None if sent is None else 4 * layout.size / sent,
         **candidate.score.row(),
-        "oracle_signal_energy": oracle[candidate.size].row()["signal_energy"] if candidate.size in oracle else None,
+        **{f"oracle_{key}": known.get(key) for key in ("signal_energy", "signal_energy_adam")},
         "epsilon": epsilon,
         "noise_multiplier": noise,
         "message_bytes": sent,

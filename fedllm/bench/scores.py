@@ -4,6 +4,9 @@ Two independent half cohorts give mean updates u1 = mu + e1 and u2 = mu + e2 wit
 them are free of these errors: <P u1, P u2> / <u1, u2> is the share of the *signal* mu that is kept, where the energy of one mean,
 |P u1|^2 / |u1|^2, mostly counts sampling noise. With x the decoded noisy code of the whole cohort and u3 the mean of other clients still,
 |x|^2 - 2 <x, u3> + <u1, u2> estimates |x - mu|^2 without bias.
+
+Everything is told in two metrics: the plain one, and that of an Adam server, sum g_i h_i / rms_i, in which a product with the gradient is
+what a step gains: Adam moves small factors as far as large ones, so what is lost of them counts as much.
 """
 
 from __future__ import annotations
@@ -23,11 +26,15 @@ SINGLES = 16  # updates whose own energy is looked at
 
 @dataclass(frozen=True)
 class Cohorts:
-    """Real updates of one round, none of them private: two half cohorts and other clients, each [units, n]."""
+    """Real updates of one round, none of them private: two half cohorts and other clients, each [units, n].
+
+    weights: [n] of a coordinate in Adam's metric, 1 / rms of its factor; None for the plain one.
+    """
 
     first: Tensor
     second: Tensor
     others: Tensor
+    weights: Tensor | None = None
 
     @property
     def signal(self) -> float:
@@ -41,6 +48,9 @@ class Score:
 
     signal: float = 0.0
     signal_kept: float = 0.0
+    adam_signal: float = 0.0
+    adam_kept: float = 0.0
+    adam_error: float = 0.0
     mean: float = 0.0
     mean_kept: float = 0.0
     single: float = 0.0
@@ -55,9 +65,11 @@ class Score:
         """Ratios, and seconds a round: encode of one update, decode of one mean, one fit."""
         return {
             "signal_energy": ratio(self.signal_kept, self.signal),
+            "signal_energy_adam": ratio(self.adam_kept, self.adam_signal),
             "kept_energy_mean": ratio(self.mean_kept, self.mean),
             "kept_energy_single": ratio(self.single_kept, self.single),
             "total_error": ratio(self.error, self.signal),
+            "total_error_adam": ratio(self.adam_error, self.adam_signal),
             "fit_seconds": ratio(self.fit_seconds, self.rounds),
             "encode_seconds": ratio(self.encode_seconds, self.rounds),
             "decode_seconds": ratio(self.decode_seconds, self.rounds),
@@ -77,6 +89,8 @@ def add(score: Score, codec: Codec, cohorts: Cohorts, noise_std: float, rng: np.
     p1, p2 = decoded(codec, codes), decoded(codec, other_codes)
     score.signal += dot(u1, u2)
     score.signal_kept += dot(p1, p2)
+    score.adam_signal += dot(u1, u2, cohorts.weights)
+    score.adam_kept += dot(p1, p2, cohorts.weights)
     score.mean += dot(u1, u1)
     score.mean_kept += dot(p1, p1)
     score.single += float(cohorts.first[:SINGLES].double().square().sum())
@@ -90,7 +104,9 @@ def add(score: Score, codec: Codec, cohorts: Cohorts, noise_std: float, rng: np.
     else:
         found = (p1 + p2) / 2
     score.decode_seconds += time.perf_counter() - begun
-    score.error += dot(found, found) - 2 * dot(found, cohorts.others.mean(0)) + dot(u1, u2)
+    u3, weights = cohorts.others.mean(0), cohorts.weights
+    score.error += dot(found, found) - 2 * dot(found, u3) + dot(u1, u2)
+    score.adam_error += dot(found, found, weights) - 2 * dot(found, u3, weights) + dot(u1, u2, weights)
     score.rounds += 1
     return noisy
 
@@ -98,11 +114,21 @@ def add(score: Score, codec: Codec, cohorts: Cohorts, noise_std: float, rng: np.
 def add_oracle(scores: dict[int, Score], cohorts: Cohorts) -> None:
     """The same of the oracle at every size: the principal subspace of other clients' true updates of this very round."""
     most = min(max(scores), len(cohorts.others))
-    basis, _ = principal_subspace(cohorts.others, most)
-    kept = ((basis @ cohorts.first.mean(0)).double() * (basis @ cohorts.second.mean(0)).double()).cumsum(0)
+    u1, u2 = cohorts.first.mean(0), cohorts.second.mean(0)
+    kept = _along(cohorts.others, u1, u2, most)
+    root = None if cohorts.weights is None else cohorts.weights.sqrt()
+    adam_kept = kept if root is None else _along(cohorts.others * root, u1 * root, u2 * root, most)
     for size, score in scores.items():
         score.signal += cohorts.signal
         score.signal_kept += float(kept[min(size, most) - 1])
+        score.adam_signal += dot(u1, u2, cohorts.weights)
+        score.adam_kept += float(adam_kept[min(size, most) - 1])
+
+
+def _along(rows: Tensor, one: Tensor, other: Tensor, most: int) -> Tensor:
+    """Product of two vectors within the first 1, 2, ... `most` principal directions of rows [units, n]."""
+    basis, _ = principal_subspace(rows, most)
+    return ((basis @ one).double() * (basis @ other).double()).cumsum(0)
 
 
 def decoded(codec: Codec, codes: Tensor) -> Tensor:
@@ -120,9 +146,9 @@ def stored_bytes(codec: Codec) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in codec.state()[0].values())
 
 
-def dot(one: Tensor, other: Tensor) -> float:
-    """Inner product in float64."""
-    return float(one.double() @ other.double())
+def dot(one: Tensor, other: Tensor, weights: Tensor | None = None) -> float:
+    """Inner product in float64, of coordinates with these weights."""
+    return float(one.double() @ (other.double() if weights is None else other.double() * weights))
 
 
 def ratio(part: float, whole: float) -> float | None:

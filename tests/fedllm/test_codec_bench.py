@@ -1,5 +1,6 @@
 """`codec bench`: scores against constructed updates, and the command on a tiny model."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -18,7 +19,8 @@ N, UNITS = 400, 300
 LAYOUT = AdapterLayout.of([("A", torch.zeros(4, 50)), ("B", torch.zeros(50, 4))])
 ROW_KEYS = {
     "codec", "prior", "cost", "code_size", "compression_ratio", "signal_energy", "kept_energy_mean", "kept_energy_single",
-    "oracle_signal_energy", "epsilon", "noise_multiplier", "total_error", "message_bytes", "fit_seconds", "encode_seconds",
+    "oracle_signal_energy", "signal_energy_adam", "oracle_signal_energy_adam", "total_error_adam",
+    "epsilon", "noise_multiplier", "total_error", "message_bytes", "fit_seconds", "encode_seconds",
     "decode_seconds", "memory_bytes",
 }  # fmt: skip
 
@@ -60,6 +62,24 @@ def test_the_signal_is_told_from_the_sampling_noise(cohorts):
     assert whole["signal_energy"] == pytest.approx(1.0) and whole["kept_energy_single"] == pytest.approx(1.0)
 
 
+def test_adams_metric_weighs_coordinates(cohorts):
+    """Of a signal of energies 3 and 1, weighed 1 and 3, either direction holds half; the oracle then finds both alike."""
+    weights = torch.full((N,), 1e-6)
+    weights[0], weights[1] = 1.0, 3.0
+    weighed = dataclasses.replace(cohorts, weights=weights)
+    larger, both = torch.zeros(1, N), torch.zeros(2, N)
+    larger[0, 0] = both[0, 0] = both[1, 1] = 1.0
+    one, all_of_it = scored(fitted(larger, 1), weighed), scored(fitted(both, 2), weighed)
+    assert one["signal_energy_adam"] == pytest.approx(0.5, abs=0.08) and one["signal_energy"] == pytest.approx(0.75, abs=0.08)
+    assert all_of_it["signal_energy_adam"] == pytest.approx(1.0, abs=0.01)
+    assert one["total_error_adam"] == pytest.approx(0.5, abs=0.1)
+    assert scored(fitted(larger, 1), cohorts)["signal_energy_adam"] == scored(fitted(larger, 1), cohorts)["signal_energy"]
+    oracle = {2: Score()}
+    add_oracle(oracle, weighed)
+    assert oracle[2].row()["signal_energy_adam"] == pytest.approx(1.0, abs=0.01)
+    assert oracle[2].row()["signal_energy"] < 0.9  # white noise of every coordinate hides it there
+
+
 def test_the_error_counts_what_is_lost_and_the_noise(cohorts):
     larger = torch.zeros(1, N)
     larger[0, 0] = 1.0
@@ -73,7 +93,8 @@ def test_the_error_counts_what_is_lost_and_the_noise(cohorts):
 
 
 def test_the_oracle_finds_the_signal_in_other_clients(cohorts):
-    strong = Cohorts(*(10 * torch.outer(torch.ones(UNITS), cohorts.first.new_ones(N)) + part for part in vars(cohorts).values()))
+    parts = (cohorts.first, cohorts.second, cohorts.others)
+    strong = Cohorts(*(10 * torch.outer(torch.ones(UNITS), cohorts.first.new_ones(N)) + part for part in parts))
     oracle = {1: Score(), 8: Score()}
     add_oracle(oracle, strong)
     assert oracle[1].row()["signal_energy"] == pytest.approx(1.0, abs=0.01)
