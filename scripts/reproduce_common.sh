@@ -21,12 +21,14 @@ paper=${paper#reproduce_}
 runs=runs/reproduce/$paper-$size
 done_runs=()
 
-# sized CONFIG [key=value ...]: the default size of this paper; --quick and --full have their own
+# sized CONFIG [key=value ...]: the default size of this paper; --quick and --full have their own. Papers know no public text of the task's
+# own subject and no start on it.
+plain=(task.public=newsgroups codec.public_labels=random federation.warm_start.steps=0 federation.server.schedule=constant)
 common=()
 sized() {
     config=$1
     shift
-    common=("$@")
+    common=("${plain[@]}" "$@")
     if [ "$size" = full ]; then
         config=configs/paper/llama-7b-${paper//_/-}.yaml
         common=()

@@ -11,7 +11,7 @@ sized configs/classify.yaml task.source=reuters-r8 federation.clients=1370 feder
 [ "$size" = quick ] && common+=(federation.unit_sampling_rate=0.1)
 if [ "$size" = full ]; then  # SST-2, the smallest of its tasks; RoBERTa-base, clip 10, batches of 2000 of 67,349, 20 epochs
     config=configs/classify.yaml
-    common=(model.name=FacebookAI/roberta-base task.source=stanfordnlp/sst2 task.columns.text=sentence federation.rounds=660
+    common=("${plain[@]}" model.name=FacebookAI/roberta-base task.source=stanfordnlp/sst2 task.columns.text=sentence federation.rounds=660
         federation.unit_sampling_rate=0.029696 privacy.clip.norm=10 privacy.target.delta=1e-5 federation.server.lr=5e-4)
 fi
 method=$("$python" scripts/reproduce_table.py --method)

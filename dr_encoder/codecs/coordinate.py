@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dr_encoder.codecs.base import Codec, check_code_size, register, require_prior, wiener_gain
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import GaussianPrior
+
+PART = 2**19  # coordinates looked at together
 
 
 @register("coordinate")
@@ -31,11 +32,15 @@ class CoordinateCodec(Codec):
         """The `code_size` coordinates of largest prior variance; ties (all coordinates of a factor) are broken by the seed."""
         check_code_size(code_size, layout.size)
         variance = require_prior(prior, cls.name).variance()
-        # By a threshold: sorting a large update would take many times its memory.
-        least = float(np.partition(variance.numpy(), layout.size - code_size)[layout.size - code_size])
+        # By a threshold, part by part: sorting a large update would take many times its memory.
+        largest = variance[:0]
+        for part in variance.split(PART):
+            both = torch.cat([largest, part])
+            largest = both.topk(min(code_size, len(both)), sorted=False).values
+        least = float(largest.min())
         taken = variance > least
-        open_places = code_size - int(taken.sum())
-        if int((variance == least).sum()) > open_places:
+        open_places = code_size - int(taken.count_nonzero())  # a sum would first turn every one of them into 8 bytes
+        if int((variance == least).count_nonzero()) > open_places:
             shuffled = torch.randperm(layout.size, generator=torch.Generator().manual_seed(seed))
             taken[shuffled[variance[shuffled] == least][:open_places]] = True
         else:

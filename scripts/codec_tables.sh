@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# What every codec keeps of real updates' signal, on both demo models and all four demo texts (a diagnostic, not private).
+#   bash scripts/codec_tables.sh [MODEL ...]      smollm2-135m, minilm-l6: about an hour on two cores, a tenth of it for MiniLM
+# Results and figures go to results/codec-bench; what is there is kept. Public text is what SmolLM2 writes for each task.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+bash scripts/setup.sh
+out=results/codec-bench
+mkdir -p "$out"
+
+# bench MODEL TASK PROMPT [key=value ...]
+bench() {
+    local name=$1-$2 task=$2 prompt=$3
+    shift 3
+    [ -f "$out/$name.json" ] && return
+    echo "codec_tables: $name" >&2
+    .venv/bin/fedllm codec bench "$config" seed=1 model.dtype=bfloat16 "task.source=$task" "task.generate.prompt=$prompt" \
+        task.generate.count=450 codec.public_examples=400 codec.public_labels=given federation.expected_cohort=100 "$@" --rounds 2 --others 100 \
+        --codecs linear,kronecker,coordinate,chain,sketch,autoencoder --priors public --sizes "$sizes" --out "runs/codec-bench/$name" \
+        --json > "runs/codec-bench/$name.part"
+    mv "runs/codec-bench/$name.part" "$out/$name.json"
+    mv "runs/codec-bench/$name/codecs.png" "$out/$name.png"
+}
+
+mkdir -p runs/codec-bench
+[ $# -gt 0 ] || set -- minilm-l6 smollm2-135m
+for model in "$@"; do
+    case "$model" in
+        minilm-l6) config=configs/classify.yaml sizes=16,32,64,128,256,1164 ;;  # the last: 1/64
+        smollm2-135m) config=configs/quickstart.yaml sizes=16,32,64,128,256,7200 ;;
+        *) echo "codec_tables: unknown model $model; expected minilm-l6 or smollm2-135m" >&2; exit 2 ;;
+    esac
+    bench "$model" movie-reviews "Write one sentence from a {label} review of a movie about {words}."
+    bench "$model" newsgroups "Write one sentence of a post about {label} in an online discussion that mentions {words}." federation.clients=2800
+    bench "$model" reuters-r8 "Write one sentence of a news story about {label} that mentions {words}." federation.clients=1370
+    bench "$model" drug-reviews "Write one sentence from a patient's {label} review of a medicine, which mentions {words}." federation.clients=600
+done
