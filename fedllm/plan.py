@@ -221,10 +221,11 @@ def refit_count(config: Config) -> int:
 
 
 def public_rows(config: Config) -> int:
-    """Public gradients held at once: all, or those for the clip norm where there is no prior to fit."""
+    """Public gradients held at once: all, or those for the clip norm where there is no prior to fit; those of a step of the warm start."""
     if config.task.public is None:
         return 0
-    return held_out_rows(config.codec.public_examples) if config.codec.prior == "none" else config.codec.public_examples
+    held = held_out_rows(config.codec.public_examples) if config.codec.prior == "none" else config.codec.public_examples
+    return max(held, config.federation.warm_start.examples if config.federation.warm_start.steps else 0)
 
 
 def memory_of(

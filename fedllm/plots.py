@@ -117,7 +117,8 @@ def _quality_panel(axis, history, results) -> None:
     y = [scale * value for value in y]
     axis.plot(x, y, color=COLOURS[0], marker="o", label="after each round, monitoring sample")
     last = max((record["round"] for record in history), default=0)
-    ends = [(0, results.get(f"{key}_before")), (last, results.get(key))]
+    start = results.get(f"{key}_start")  # after the warm start, where there was one: what the rounds began with
+    ends = [(0, results.get(f"{key}_before") if start is None else start), (last, results.get(key))]
     ends = [(round_, scale * value) for round_, value in ends if value is not None]
     axis.plot(
         [end[0] for end in ends],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedllm.combinations import held_out_rows
 from fedllm.errors import UserError
-from fedllm.schema import Config, ServerConfig
+from fedllm.schema import Config, LocalConfig, ServerConfig
 from fedllm.server import SCHEDULES, ServerOptimizer
 from fedllm.setting import Setting
 from fedllm.training.engine import Encoded, Engine
@@ -80,7 +80,7 @@ def warm_start(setting: Setting, config: Config, seed: int, advance: Callable[[i
     start = config.federation.warm_start
     optimizer = ServerOptimizer(setting.engine.adapter(), ServerConfig(optimizer="adam", lr=start.lr))
     for step in range(start.steps):
-        mean = _updates(setting, config, [seed, 6, step], start.examples).mean(0)
+        mean = _updates(setting, config, [seed, 6, step], start.examples, local=LocalConfig()).mean(0)  # plain gradients
         setting.engine.load(optimizer.step(mean, SCHEDULES["linear"](step, start.steps)))
         advance(1)
     return setting.engine.adapter()
@@ -103,8 +103,10 @@ LABELS: dict[str, Callable[[Engine, Encoded, np.random.Generator], np.ndarray]] 
 }
 
 
-def _updates(setting: Setting, config: Config, key: list[int], count: int, labels: str = "random") -> Tensor:
-    rng, local = np.random.default_rng(key), config.federation.local
+def _updates(
+    setting: Setting, config: Config, key: list[int], count: int, labels: str = "random", local: LocalConfig | None = None
+) -> Tensor:
+    rng, local = np.random.default_rng(key), local or config.federation.local
     chosen = rng.permutation(len(setting.public))[:count]
     text = Encoded([setting.public.tokens[i] for i in chosen], setting.public.targets[chosen])
     data = Encoded(text.tokens, LABELS[labels](setting.engine, text, rng))

@@ -18,7 +18,7 @@ def gradients(setting: Setting, config: Config, seed: int) -> Tensor:
     """
     engine, local = setting.engine, config.federation.local
     count = max(1, min(config.codec.public_examples, int(config.codec.real_share * len(setting.train))))
-    chosen = np.random.default_rng([seed, 6]).permutation(len(setting.train))[:count]
+    chosen = np.random.default_rng([seed, 7]).permutation(len(setting.train))[:count]
     start = engine.adapter()
     optimizer, rows = ServerOptimizer(start, config.federation.server), []
     for part in np.array_split(chosen, min(config.codec.warmup_rounds, count)):

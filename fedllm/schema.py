@@ -81,7 +81,7 @@ class ServerConfig:
 
 @dataclass
 class WarmStartConfig:
-    steps: int = 0  # of Adam on public text before the first round, along a rate that falls to zero
+    steps: int = 0  # of Adam on public text before the first round, at a rate that falls to lr / steps
     lr: float = 1e-3
     examples: int = 50  # of each step
 

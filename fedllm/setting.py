@@ -71,7 +71,7 @@ def build(config: Config, public_seed: int, adapter: Path | None = None, phase: 
             # LoRA's start changes nothing of what the base writes.
             own = task.generate.model is None
             writer = (lambda: (model.get_base_model(), tokenizer)) if own else (lambda: load_writer(task.generate.model))
-            words = prompts.label_words(names, task.words)
+            words = prompts.label_words(names, task.words) if names else ()
             texts, labels = generated.texts(writer, source, task.generate, phase or Display().phase, words)
         else:
             texts, labels = sources.load(task.public, eval_examples=1, labelled=False, text=task.columns.public).train.texts, None

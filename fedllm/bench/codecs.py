@@ -115,11 +115,16 @@ def bench(
     }
 
 
-def adam_weights(layout: AdapterLayout, rows: public.PublicGradients) -> Tensor:
-    """[n]: 1 / rms of each coordinate's factor, by public gradients, of mean 1; as `allocation`, which codes in this metric, has it."""
+def adam_weights(layout: AdapterLayout, rows: public.PublicGradients) -> Tensor | None:
+    """[n]: 1 / rms of each coordinate's factor, by public gradients; as `allocation`, which codes in this metric, has it.
+
+    0 for a factor without gradients (A at LoRA's start): no step moves it. None where there are no gradients to fit to.
+    """
+    if len(rows.fit) == 0:
+        return None
     rms = factor_rms(layout, rows.fit)
-    weights = 1 / layout.spread(rms.clamp_min(1e-6 * rms.max())).double()
-    return (weights / weights.mean()).float()
+    alive = rms > 1e-6 * rms.max()
+    return layout.spread(torch.where(alive, rms[alive].min() / rms, 0.0))
 
 
 def usable(family: str, prior: str) -> bool:

@@ -48,9 +48,11 @@ def _quality(results: Mapping[str, Any]) -> list[Row]:
     if after is not None:
         rows.append(("accuracy before", percent_text(before), "untrained model, held-out public examples"))
         if results.get("accuracy_start") is not None:
-            rows.append(("after public text", percent_text(results["accuracy_start"]), "before any private round, at no privacy cost"))
+            rows.append(("after public text", percent_text(results["accuracy_start"]), "before the first round, at no privacy cost"))
         rows.append(("accuracy after", percent_text(after), f"{100 * (after - before):+.1f} points"))
     rows.append(("loss before", f"{results['loss_before']:.4f}", _perplexity(results["loss_before"], after)))
+    if results.get("loss_start") is not None:
+        rows.append(("after public text", f"{results['loss_start']:.4f}", _perplexity(results["loss_start"], after)))
     rows.append(("loss after", f"{results['loss']:.4f}", _perplexity(results["loss"], after)))
     return rows
 

@@ -155,7 +155,7 @@ def _read(source: str) -> _Parts:
     if source in DATA_ASSETS:
         return _Parts(*DATA_ASSETS[source](fetch(source)), source)
     if source == GENERATED:
-        raise UserError(f"{GENERATED}: text that the base model writes has no labels and no users; expected it in task.public alone")
+        raise UserError(f"{GENERATED}: text that a language model writes is no task; expected it in task.public alone")
     if source in ASSETS:
         raise UserError(f"{source} is a model; expected a data source such as {', '.join(DATA_ASSETS)}")
     path = Path(source).expanduser()
@@ -265,6 +265,5 @@ def _is_int(value: str) -> bool:
 
 
 def _sample(table: Table, count: int) -> Table:
-    if len(table) <= count:
-        return table
+    """At most `count` rows in random order: the first of them are looked at after every round, and a file may be sorted by label."""
     return table.take(np.random.default_rng(SPLIT_SEED).permutation(len(table))[:count])

@@ -153,4 +153,4 @@ class Simulation:
                 with self.watch.phase("codec"):
                     made = vectors(part, updates[start - where.start : part.stop - where.start])
                 yield part, made
-            del chunk, updates  # before the next chunk is made
+            del chunk, updates, made  # before the next chunk is made

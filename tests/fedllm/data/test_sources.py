@@ -64,7 +64,9 @@ def test_a_test_file_or_part_is_kept_apart(tmp_path):
     folder = load(str(tmp_path), eval_examples=99)
     for data in (one, folder):
         assert data.train.texts == [row["text"] for row in train]
-        assert data.test.texts == [row["text"] for row in test]
+        found = dict(zip(data.test.texts, (data.test.label_names[i] for i in data.test.labels), strict=True))
+        assert found == {row["text"]: row["label"] for row in test}
+        assert list(found) != [row["text"] for row in test]  # in random order: a file may be sorted by label
     assert len(load(str(tmp_path), eval_examples=4).test) == 4
 
 
