@@ -37,7 +37,6 @@ CASES: dict[str, tuple[int, list[str]]] = {  # name -> how many ranks, config
     for stage in range(4)
 }
 COMMON = ["seed=1", "federation.server.optimizer=sgd", "federation.server.lr=1", "federation.rounds=2", "model.dtype=float32"]
-COMMON += ["federation.warm_start.steps=0"]  # Adam would do to rounding what it is kept from above
 SMALL = ["federation.expected_cohort=16", "codec.public_examples=40", "codec.code_size=16"]
 SMALL += ["task.eval_examples=40", "task.monitor_examples=20"]
 

@@ -18,7 +18,6 @@ SMALL = [
     "codec.public_examples=48",
     "task.generate.count=50",
     "task.generate.max_new_tokens=16",
-    "federation.warm_start.steps=4",
 ]
 
 
