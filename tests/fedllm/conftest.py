@@ -154,3 +154,9 @@ def reference(configured, tmp_path, no_plot):
         return REFERENCE[setting]
 
     return get
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache folder of the test's own: what is written in it is written by the test."""
+    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))

@@ -20,11 +20,6 @@ TASK = GenerateConfig(prompt="the film of {words}", count=37, max_new_tokens=6) 
 SMALL = ["task.public=generated", "task.generate.count=40", "task.generate.max_new_tokens=6"]
 
 
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def loaded(tiny):
     model, tokenizer = load_model(str(tiny / "model"), dtype="float32", r=2)
