@@ -78,7 +78,12 @@ class Runner:
         for seed in self.grid["seeds"]:
             for number, name in enumerate(names):
                 print(f"grid: seed {seed}, {number + 1} of {len(names)}: {name}", file=sys.stderr, flush=True)
-                self.run(name, [*self.grid["variants"][name], *choices[name]], seed)
+                settings = [*self.grid["variants"][name], *choices[name]]
+                twin = self.tuning.twin(settings, seed)
+                if twin is not None and (results := self.read(twin, seed)) is not None:
+                    self.take_over(name, seed, results)
+                else:
+                    self.run(name, settings, seed)
 
     def run(self, name: str, overrides: list[str], seed: int) -> dict[str, Any] | None:
         """Results of one run: kept, taken up or trained; None for one that ended early, which is said."""
@@ -117,6 +122,13 @@ class Runner:
         if path is not None and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(results, indent=1) + "\n")
+
+    def take_over(self, name: str, seed: int, results: dict[str, Any]) -> None:
+        """The results of a run that was trained under another name, under this one too."""
+        where = self.folder(name, seed)
+        where.mkdir(parents=True, exist_ok=True)
+        (where / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        self.keep(name, seed, results)
 
     def read(self, name: str, seed: int) -> dict[str, Any] | None:
         """A finished run's results, from its folder or from what the repository carries."""

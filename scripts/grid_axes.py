@@ -100,10 +100,11 @@ def chosen(grid: dict[str, Any], wanted: list[str]) -> list[str]:
 
 
 class Tuning:
-    """One number for each cell, by the same procedure: the value of the stated grid with the best held-out accuracy on another task.
+    """One number for each cell, by the same procedure: the value of the stated grid with the least held-out loss on another task.
 
     `tune` of a grid: `key`, `values`, `seed`, `axis` (of tasks) and `tasks`, name -> {for: keys of that axis, overrides}: what stands in
-    for those tasks, of neither whose text it contains. Choices stand in OUT/tuned.json; finished runs are kept like all others.
+    for those tasks, of neither whose text it contains; without overrides the axis' own task of that name. By loss, since a task on which
+    every value ends at the commonest label says nothing by accuracy. Choices stand in OUT/tuned.json; finished runs are kept like others.
     """
 
     def __init__(
@@ -122,12 +123,19 @@ class Tuning:
         if stand_in is None:
             sys.exit(f"grid: tune.tasks: none is for {cell[plan['axis']]}; expected each of the axis {plan['axis']} once")
         others = {axis: key for axis, key in cell.items() if axis != plan["axis"]}
-        overrides = [item for axis, key in others.items() for item in axes[axis][key] or []]
-        overrides = [*plan["tasks"][stand_in]["overrides"], *overrides]
+        task = plan["tasks"][stand_in].get("overrides") or axes[plan["axis"]][stand_in]
+        overrides = [*task, *(item for axis, key in others.items() for item in axes[axis][key] or [])]
         return {
             value: (name_of(["tune", stand_in, *others.values(), f"{value:g}"]), [*overrides, f"{plan['key']}={value}"])
             for value in plan["values"]
         }
+
+    def twin(self, settings: list[str], seed: int) -> str | None:
+        """The tuning run that is the same computation as a variant with its choice, if there is one: it need not be trained twice."""
+        if self.plan is None or seed != self.plan["seed"]:
+            return None
+        trials = (trial for name in chosen(self.grid, []) for trial in self.trials(name).values())
+        return next((trial for trial, overrides in trials if sorted(overrides) == sorted(settings)), None)
 
     def choose(self, name: str, train: bool) -> list[str]:
         """The override that was chosen for a variant, trained for first where that is missing; none where nothing is tuned."""
@@ -140,10 +148,10 @@ class Tuning:
                 found[value] = results
         if not found:
             return []
-        return [f"{self.plan['key']}={max(found, key=lambda value: (found[value]['accuracy'], -found[value]['loss']))}"]
+        return [f"{self.plan['key']}={min(found, key=lambda value: (found[value]['loss'], -found[value]['accuracy']))}"]
 
     def report(self) -> dict[str, Any]:
-        """What was chosen and what it cost: {key, values, choices: [{trials, accuracy, chosen}], runs, seconds}."""
+        """What was chosen and what it cost: {key, values, choices: {tuned: {for, loss by value, chosen, seconds}}, runs, seconds}."""
         choices: dict[str, Any] = {}
         for name in chosen(self.grid, []):
             trials = self.trials(name)
@@ -153,7 +161,7 @@ class Tuning:
                 entry = choices.setdefault(next(iter(trials.values()))[0].rpartition("-")[0], {"for": []})
                 entry["for"].append(name)
                 entry |= {
-                    "accuracy": {f"{value:g}": results["accuracy"] for value, results in found.items()},
+                    "loss": {f"{value:g}": results["loss"] for value, results in found.items()},
                     "chosen": float(picked),
                     "seconds": sum(results["seconds"]["total"] for results in found.values()),
                 }
@@ -161,7 +169,7 @@ class Tuning:
             "key": self.plan["key"],
             "values": self.plan["values"],
             "choices": choices,
-            "runs": sum(len(entry["accuracy"]) for entry in choices.values()),
+            "runs": sum(len(entry["loss"]) for entry in choices.values()),
             "seconds": sum(entry["seconds"] for entry in choices.values()),
         }
 

@@ -172,10 +172,10 @@ def tuning_text(tuned: dict[str, Any]) -> str:
     """What was chosen for whom, and what it cost."""
     values = [f"{value:g}" for value in tuned["values"]]
     lines = [
-        [name, *(f"{100 * entry['accuracy'][value]:.1f}" if value in entry["accuracy"] else "" for value in values), f"{entry['chosen']:g}"]
+        [name, *(f"{entry['loss'][value]:.3f}" if value in entry["loss"] else "" for value in values), f"{entry['chosen']:g}"]
         for name, entry in tuned["choices"].items()
     ]
-    cost = f"{tuned['key']} by held-out accuracy on another task: {tuned['runs']} runs, {tuned['seconds']:.0f} s in all."
+    cost = f"{tuned['key']} by held-out loss on another task: {tuned['runs']} runs, {tuned['seconds']:.0f} s in all."
     return f"{table(['tuned', *values, 'chosen'], lines)}\n\n{cost}"
 
 

@@ -74,17 +74,28 @@ def test_the_best_value_on_another_task_is_chosen_once_for_all_its_tasks(axes, l
         value = float(overrides[-1].partition("=")[2])
         trained[name] = {"accuracy": 0.7, "loss": 0.5 if value == 0.1 else 0.6, "seconds": {"total": 5}}
         if "fedit" in name:
-            trained[name]["accuracy"] = 0.9 if value == 0.01 else 0.8
+            trained[name] |= {"accuracy": 0.6, "loss": 0.4} if value == 0.01 else {}
         return trained[name]
 
     tuning = axes.Tuning(load(tune=TUNE), run, lambda name, seed: trained.get(name))
     assert tuning.choose("one-dp_lora-eps3", train=False) == []
     assert tuning.choose("one-dp_lora-eps3", train=True) == ["federation.server.lr=0.1"]  # as accurate, less loss
-    assert tuning.choose("one-fedit-inf", train=True) == ["federation.server.lr=0.01"]
+    assert tuning.choose("one-fedit-inf", train=True) == ["federation.server.lr=0.01"]  # whatever the accuracy
     assert tuning.choose("two-fedit-inf", train=False) == ["federation.server.lr=0.01"]
     report = tuning.report()
     assert (report["runs"], report["seconds"]) == (4, 20)
     assert report["choices"]["tune-third-fedit-inf"]["for"] == ["one-fedit-inf", "two-fedit-inf"]
+
+
+def test_a_tuning_run_on_a_task_of_the_grid_is_that_tasks_run(axes, load):
+    """Chosen on the other task; the run on it, with the same seed and value, stands for the variant itself."""
+    tasks = {"one": {"for": ["two"]}, "two": {"for": ["one"]}}
+    tuning = axes.Tuning(grid := load(tune=TUNE | {"tasks": tasks}), None, None)
+    name, overrides = tuning.trials("one-dp_lora-eps3")[0.1]
+    assert (name, overrides) == ("tune-two-dp_lora-eps3-0.1", [*grid["variants"]["two-dp_lora-eps3"], "federation.server.lr=0.1"])
+    assert tuning.twin(overrides, 11) == name
+    assert tuning.twin(overrides, 12) is None and tuning.twin([*overrides[:-1], "federation.server.lr=0.2"], 11) is None
+    assert axes.Tuning(load(tune=TUNE), None, None).twin(overrides, 11) is None
 
 
 @pytest.mark.parametrize("name", ["methods", "methods_full"])
