@@ -43,7 +43,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         raise UserError(f"{path}: {key + ': ' if key else ''}{_first_line(error)}") from None
-    config = apply_method(config)
+    config = apply_method(config, {key: OmegaConf.select(extra, key) for key in dotted(OmegaConf.to_container(extra))})
     check(config)
     return config
 
@@ -61,6 +61,12 @@ def check_keys(given: Any, schema: type, where: str, prefix: str = "") -> None:
             if not isinstance(value, dict):
                 raise UserError(f"{where}: {prefix}{key} expected a mapping, got {value!r}")
             check_keys(value, factory, where, f"{prefix}{key}.")
+
+
+def dotted(given: dict[str, Any], prefix: str = "") -> list[str]:
+    """The keys of nested mappings, `section.key`."""
+    inner = {f"{prefix}{key}": value for key, value in given.items()}
+    return [key for name, value in inner.items() for key in (dotted(value, f"{name}.") if isinstance(value, dict) else [name])]
 
 
 def check(config: Config) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedllm.combinations import check_combination, settle
+from fedllm.errors import UserError
 from fedllm.schema import Config
 from fedllm.validate import one_of
 
@@ -184,15 +186,20 @@ register(
 )
 
 
-def apply_method(config: Config) -> Config:
+def apply_method(config: Config, asked: dict[str, Any] | None = None) -> Config:
     """The config with the parts that its method fixes.
 
-    Raises UserError for a method, or a variant of one, that does not exist.
+    asked: config keys, `section.key` -> value, that somebody asked for by name: these a method may not replace. What stands in a config
+    file it does replace, so that one file serves every method.
+    Raises UserError for a method, or a variant of one, that does not exist, and for a key asked for that it fixes otherwise.
     """
     base = config.method.partition(":")[0]
     one_of("method", config.method, [name for name in METHODS if name.partition(":")[0] == base] or tuple(METHODS))
     config = copy.deepcopy(config)
     for key, value in METHODS[config.method].parts.items():
+        if asked and asked.get(key, value) != value:
+            other, fixed = (json.dumps(item).strip('"') for item in (asked[key], value))  # as one writes it in the config: null, true
+            raise UserError(f"{key}={other}: method={config.method} fixes {key}={fixed}; leave it out or take another method")
         *sections, name = key.split(".")
         part = config
         for section in sections:

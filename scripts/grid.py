@@ -15,13 +15,14 @@ import argparse
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from grid_axes import Tuning, chosen, load_grid
 from grid_report import markdown, summary, tuning_text, write_report
 
-from fedllm.errors import UserError
+from fedllm.errors import InUse, UserError
 
 
 def main() -> None:
@@ -63,6 +64,8 @@ def work(arguments: argparse.Namespace) -> None:
 class Runner:
     """Trains what is not finished; the untrained model is evaluated once for each model and task."""
 
+    patience = 5.0  # seconds between two looks at a run of another process
+
     def __init__(self, grid: dict[str, Any]):
         self.grid = grid
         self.known: dict[str, Any] = {}
@@ -96,13 +99,20 @@ class Runner:
         settings = [*self.grid.get("common", []), *overrides, f"seed={seed}", f"output_dir={where}"]
         config = load_config(self.grid["config"], settings)
         model = untrained(config)
-        if results is None:
+        waiting = False
+        while results is None:
             try:
                 if (where / "ledger.jsonl").exists():
                     results = resume(where)
                 else:
                     print(f"grid: {where}", file=sys.stderr, flush=True)
                     results = train(config, self.known.get(model))
+            except InUse:  # two processes share a grid, and what several variants need once is trained by one of them
+                if not waiting:
+                    print(f"grid: {where}: in the hands of another process, waiting for it", file=sys.stderr, flush=True)
+                waiting = True
+                time.sleep(self.patience)
+                results = self.read(name, seed)
             except RunStopped as stopped:
                 print(f"grid: {where}: {stopped}", file=sys.stderr, flush=True)
                 return None

@@ -290,6 +290,9 @@ def test_raw_gradients_without_privacy_are_a_diagnostic(configured, tmp_path):
         (["privacy.clip.of=state"], "expected codec.family=identity"),
         (["method=dp_lora:published", "privacy.unit=user", *USERS[1:]], "expected uniform with privacy.unit=user"),
         (["method=cg_fedllm:published", "codec.real_share=0"], "codec.real_share=0"),
+        (["method=fed_sb", "lora.init=random"], "lora.init=random: method=fed_sb fixes lora.init=public"),
+        (["privacy.noise=local", "method=ew_tune"], "privacy.noise=local: method=ew_tune fixes privacy.noise=central"),
+        (["method=full_noise", "codec.code_size=64"], "codec.code_size=64: method=full_noise fixes codec.code_size=null"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(overrides, message, configured):

@@ -44,7 +44,7 @@ CASES = {
     "full_noise": ["method=full_noise"],
     "fedit": ["method=fedit", "codec.fit_at=client"],
     "chain": ["codec.family=chain", "codec.parts=[allocation,linear]", "privacy.noise=local"],
-    "dp_lora": ["method=dp_lora:published", "federation.weights=uniform"],
+    "dp_lora": ["method=dp_lora:published"],
     "dr_encoder": ["method=dr_encoder:published", "codec.fit_steps=1"],
     "cg_fedllm": ["method=cg_fedllm", "codec.fit_steps=1"],
     "server": ["privacy.target.adversary=server", "privacy.target.epsilon=50", "codec.family=sketch"],

@@ -115,6 +115,31 @@ def test_cells_of_the_method_grids_are_configs_tuned_on_other_text(axes, name):
             assert (trial.privacy.enabled, trial.privacy.target.epsilon) == (config.privacy.enabled, config.privacy.target.epsilon)
 
 
+def test_a_run_of_another_process_is_waited_for(axes, load, tmp_path, monkeypatch, capsys):
+    import grid
+
+    import fedllm.run
+    from fedllm.errors import InUse
+
+    monkeypatch.chdir(tmp_path)
+    runner = grid.Runner(load(config=str(ROOT / "configs/quickstart.yaml")) | {"kept": None})
+    runner.patience = 0.0
+    where = runner.folder("one-fedit-inf", 1)
+    where.mkdir(parents=True)
+    (where / "ledger.jsonl").touch()
+    looks = []
+
+    def busy(folder):
+        looks.append(folder)
+        if len(looks) == 3:
+            (folder / "results.json").write_text('{"accuracy": 0.5, "accuracy_before": 0.4, "loss_before": 1.0}')
+        raise InUse("in use")
+
+    monkeypatch.setattr(fedllm.run, "resume", busy)
+    assert runner.run("one-fedit-inf", ["method=fedit"], 1)["accuracy"] == 0.5
+    assert looks == [where] * 3 and capsys.readouterr().err.count("waiting for it") == 1
+
+
 def test_an_untrained_head_is_another_one_with_another_seed(axes):
     import grid
 
