@@ -55,15 +55,6 @@ class Noise:
         _fill_gaussian(out.reshape(-1), std, self._words(purpose, stage, round, client))
         return out
 
-    def gaussian_rows(
-        self, clients: Sequence[int], width: int, std: float, *, purpose: str, stage: str, round: int
-    ) -> np.ndarray:
-        """[clients, width]: row i is what `gaussian(width, client=clients[i])` gives, whichever process draws it."""
-        out = np.empty((len(clients), width), dtype=np.float64)
-        for row, client in zip(out, clients, strict=True):
-            row[:] = self.gaussian(width, std, purpose=purpose, stage=stage, round=round, client=client)
-        return out
-
     def uniform(
         self, shape: int | Sequence[int], *, purpose: str, stage: str, round: int, client: int | None = None
     ) -> np.ndarray:

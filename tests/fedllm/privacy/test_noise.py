@@ -50,12 +50,6 @@ def test_seeded_streams_depend_on_every_part_of_the_key():
     assert all(not np.any(base == other) for other in others)
 
 
-def test_rows_agree_with_single_clients():
-    rows = Noise(5).gaussian_rows([4, 1], 3, 1.0, **KEY)
-    assert np.array_equal(rows[0], Noise(5).gaussian(3, 1.0, **KEY, client=4))
-    assert np.array_equal(rows[1], Noise(5).gaussian(3, 1.0, **KEY, client=1))
-
-
 def test_os_noise_is_fresh_and_ignores_global_seeds():
     np.random.seed(0)
     first = Noise().gaussian(8, 1.0, **KEY)
