@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What every codec keeps of real updates' signal, on both demo models and all four demo texts (a diagnostic, not private).
-#   bash scripts/codec_tables.sh [MODEL ...]      smollm2-135m, minilm-l6: about an hour on two cores, a tenth of it for MiniLM
+#   bash scripts/codec_tables.sh [MODEL[/TASK] ...]   smollm2-135m, minilm-l6: about an hour on two cores, a tenth of it for MiniLM
 # Results and figures go to results/codec-bench; what is there is kept. Public text is what SmolLM2 writes for each task.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,6 +13,7 @@ mkdir -p "$out"
 bench() {
     local name=$1-$2 task=$2 prompt=$3
     shift 3
+    case "$only" in "$task" | "") ;; *) return ;; esac
     [ -f "$out/$name.json" ] && return
     echo "codec_tables: $name" >&2
     .venv/bin/fedllm codec bench "$config" seed=1 model.dtype=bfloat16 "task.source=$task" "task.generate.prompt=$prompt" \
@@ -25,7 +26,9 @@ bench() {
 
 mkdir -p runs/codec-bench
 [ $# -gt 0 ] || set -- minilm-l6 smollm2-135m
-for model in "$@"; do
+for asked in "$@"; do
+    model=${asked%%/*} only=${asked#"$model"}
+    only=${only#/}
     case "$model" in
         minilm-l6) config=configs/classify.yaml sizes=16,32,64,128,256,1164 ;;  # the last: 1/64
         smollm2-135m) config=configs/quickstart.yaml sizes=16,32,64,128,256,7200 ;;
