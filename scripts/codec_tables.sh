@@ -29,6 +29,10 @@ mkdir -p runs/codec-bench
 for asked in "$@"; do
     model=${asked%%/*} only=${asked#"$model"}
     only=${only#/}
+    case "$only" in
+        "" | movie-reviews | newsgroups | reuters-r8 | drug-reviews) ;;
+        *) echo "codec_tables: unknown task $only; expected movie-reviews, newsgroups, reuters-r8 or drug-reviews" >&2; exit 2 ;;
+    esac
     case "$model" in
         minilm-l6) config=configs/classify.yaml sizes=16,32,64,128,256,1164 ;;  # the last: 1/64
         smollm2-135m) config=configs/quickstart.yaml sizes=16,32,64,128,256,7200 ;;
