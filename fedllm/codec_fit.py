@@ -8,6 +8,8 @@ from torch import Tensor
 
 from dr_encoder import codecs
 from dr_encoder.codecs import Codec
+from dr_encoder.codecs.chain import WIDER
+from dr_encoder.codecs.linear import check_dense
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import GaussianPrior
 from dr_encoder.sizing import code_size_auto
@@ -32,6 +34,21 @@ class Announcement:
     size: int | None
     noise_std: float
     seed: int
+
+
+def check_sizes(config: Config, update_size: int) -> None:
+    """Raise UserError for a code longer than the update, or one that would need too large a dense matrix: known before any gradient is."""
+    codec, size = config.codec, config.codec.code_size
+    if not isinstance(size, int):
+        return
+    if size > update_size:
+        raise UserError(f"codec.code_size={size}: expected at most {update_size}, the number of trained parameters")
+    outer, family = codec.parts if codec.family == "chain" else (None, codec.family)
+    if family == "linear" and codec.prior != "moments":
+        try:
+            check_dense(size, min(WIDER * size, update_size) if outer in ("coordinate", "kronecker") else update_size)
+        except ValueError as error:
+            raise UserError(f"codec.family={codec.family}: {error}") from None
 
 
 def client_fit(config: Config, layout: AdapterLayout, rows: public.PublicGradients | None, announced: Announcement) -> Codec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from fedllm.errors import UserError
 from fedllm.privacy.claims import CALIBRATIONS, EXACT, SOUND
@@ -14,23 +15,7 @@ from fedllm.validate import in_range, one_of
 ROWS = "public[+released][+random]"
 ROW_PARTS = ("public", "released", "random")
 REAL = "real"  # clients' own raw gradients: wherever rows may stand, but never private
-PRIORS_OF = {
-    "linear": (ROWS, "moments", REAL),
-    "kronecker": (ROWS, "moments", REAL),
-    "coordinate": (ROWS, "moments", REAL),
-    "allocation": ("moments", ROWS, REAL),
-    "chain": (ROWS, REAL),
-    "autoencoder": ("moments", ROWS, REAL),
-    "sketch": ("none",),
-    "identity": ("none",),
-    "topk": ("none",),
-    "powersgd": ("none",),
-}
 CHAINS = (("coordinate", "allocation", "kronecker"), ("linear", "coordinate"))  # what may stand first and second in codec.parts
-FIXED_SIZE = ("autoencoder", "identity", "allocation")  # families that fix the code's size
-FREE_OF_PRIOR = ("sketch", "identity", "topk", "powersgd")
-NOT_ORTHONORMAL = ("autoencoder", "allocation")  # noise before such an encoder is another noise in the code than what the server adds
-NOT_SUMMABLE = ("topk", "powersgd")  # a code stands for its own update alone: no sum of codes, hence no privacy
 
 SERVER_OPTIMIZERS = ("sgd", "momentum", "adam", "adagrad", "yogi", "fedavg", "fedavgm", "fedadam", "fedadagrad", "fedyogi")
 ENGINE_NAMES = ("torch", "deepspeed")
@@ -43,36 +28,54 @@ SCAFFOLD = (
 )
 
 
+def family_of(name: str) -> Any:
+    """The codec class of a family. Raises UserError for a family that nobody registered."""
+    from dr_encoder.codecs import CODECS  # torch comes with it, which what reads no config need not wait for
+
+    one_of("codec.family", name, tuple(sorted(CODECS)))
+    return CODECS[name]
+
+
+def priors_of(family: str) -> tuple[str, ...]:
+    """Values of codec.prior that a family may be fitted on."""
+    fits = family_of(family).fits
+    return (*(ROWS if kind == "rows" else kind for kind in fits), *((REAL,) if "rows" in fits else ())) or ("none",)
+
+
 def settle(config: Config) -> None:
-    """Set, in place, what other parts leave no choice about."""
+    """Set, in place, what other parts leave no choice about, or what they stand for where nothing is said."""
+    fed = config.federation
+    if config.privacy.unit != "client" and fed.unit_sampling_rate is None and 1 <= fed.expected_cohort <= fed.clients:
+        fed.unit_sampling_rate = fed.expected_cohort / fed.clients  # in a round as large a share of the units as of clients otherwise
     if not config.privacy.enabled:
         config.codec.bits = 32  # without a clip there is no public range to lay a lattice over
-    if config.codec.family in FREE_OF_PRIOR:
+    family = family_of(config.codec.family)
+    if not family.fits:
         config.codec.prior = "none"
-    if config.codec.family in NOT_SUMMABLE or config.federation.aggregation != "mean":
+    if not family.summable or config.federation.aggregation != "mean":
         config.codec.decode = "each"
 
 
 def check_combination(config: Config, published: bool) -> None:
     """Raise UserError for parts that make no sense together. published: whether the method is held to its paper's claim alone."""
     codec, privacy, fed = config.codec, config.privacy, config.federation
-    one_of("codec.family", codec.family, tuple(PRIORS_OF))
+    family = family_of(codec.family)
     check_prior(config)
     check_fit_at(config)
     check_public(config)
     check_mechanism(config, published)
-    if codec.family in FIXED_SIZE:
+    if family.fixed_size:
         if codec.code_size is not None:
             raise UserError(f"codec.code_size={codec.code_size}: expected null with codec.family={codec.family}, which fixes it")
     elif codec.code_size != "auto" and (not isinstance(codec.code_size, int) or isinstance(codec.code_size, bool) or codec.code_size < 1):
         shown = "null" if codec.code_size is None else codec.code_size
         raise UserError(f"codec.code_size={shown}: expected a number >= 1 or auto with codec.family={codec.family}")
-    if codec.code_size == "auto" and (codec.prior == "moments" or codec.family in FREE_OF_PRIOR or not privacy.enabled):
+    if codec.code_size == "auto" and (codec.prior == "moments" or not family.fits or not privacy.enabled):
         raise UserError(
             "codec.code_size=auto: expected codec.family linear, kronecker, coordinate or chain, a prior of public gradients, and "
             "privacy.enabled=true; without a spectrum or without noise there is nothing to weigh"
         )
-    if codec.family in NOT_SUMMABLE and privacy.enabled:
+    if not family.summable and privacy.enabled:
         raise UserError(
             f"codec.family={codec.family}: expected privacy.enabled=false; its codes cannot be summed, and which numbers it keeps "
             "would be a release of its own"
@@ -92,6 +95,8 @@ def check_combination(config: Config, published: bool) -> None:
             f"codec.public_examples={codec.public_examples} (the rest is held out for the clip norm)"
         )
     one_of("codec.decode", codec.decode, ("mean", "each"))
+    if codec.decode == "each" and "released" in codec.prior.split("+"):
+        raise UserError(f"codec.decode=each: expected mean with codec.prior={codec.prior}; a prior of released codes is one of noisy means")
     check_aggregation(config)
     if codec.decode == "each" and privacy.enabled:
         if privacy.noise != "local" or privacy.unit != "client":
@@ -101,7 +106,8 @@ def check_combination(config: Config, published: bool) -> None:
             )
         if privacy.noise_in == "update" or privacy.clip.mode == "adaptive":
             raise UserError("codec.decode=each: expected privacy.noise_in=code and privacy.clip.mode=fixed")
-    bent = [name for name in (codec.parts if codec.family == "chain" else [codec.family]) if name in NOT_ORTHONORMAL]
+    # Noise before such an encoder is another noise in the code than what the server adds.
+    bent = [name for name in (codec.parts if codec.family == "chain" else [codec.family]) if not family_of(name).orthonormal]
     if privacy.enabled and privacy.noise_in == "update" and bent:
         raise UserError(
             f"privacy.noise_in=update: expected code with codec.family={codec.family}; {bent[0]} is no orthonormal code, so it can "
@@ -121,9 +127,14 @@ def check_combination(config: Config, published: bool) -> None:
             f"privacy.noise_in=update: expected code with privacy.noise=central and privacy.unit={privacy.unit}; "
             f"a sum of {privacy.unit}s that is encoded before the noise is rounded before it"
         )
+    if fed.local.prox > 0 and fed.local.steps == 1:
+        raise UserError(
+            f"federation.local.prox={fed.local.prox:g}: expected 0 with federation.local.steps=1; the first step begins where the "
+            "proximal term is zero"
+        )
     if privacy.unit == "example" and fed.local.steps != 1:
         raise UserError(f"federation.local.steps={fed.local.steps}: expected 1 with privacy.unit=example, whose unit is one gradient")
-    if privacy.unit != "client" and (codec.family in NOT_SUMMABLE or codec.error_feedback):
+    if privacy.unit != "client" and (not family.summable or codec.error_feedback):
         raise UserError(
             f"privacy.unit={privacy.unit}: expected client with codec.family={codec.family}, codec.error_feedback={codec.error_feedback}; "
             "a client of several units sends the sum of their codes"
@@ -233,7 +244,7 @@ def refuse_scaffold(config: Config) -> None:
 def check_prior(config: Config) -> None:
     """Raise UserError for a prior that its codec cannot use, or for weights that do not fit it."""
     codec = config.codec
-    names, allowed = codec.prior.split("+"), PRIORS_OF[codec.family]
+    names, allowed = codec.prior.split("+"), priors_of(codec.family)
     of_rows = names[0] == "public" and len(set(names)) == len(names) and set(names) <= set(ROW_PARTS)
     if codec.prior not in allowed and not (of_rows and ROWS in allowed):
         raise UserError(f"codec.prior={codec.prior}: expected one of {', '.join(allowed)} with codec.family={codec.family}")

@@ -165,6 +165,7 @@ def _column(results: Results, with_accuracy: bool, with_claim: bool) -> dict[str
         "compression": times_text(results["compression_ratio"]),
         "numbers sent": f"{results['code_size'] or 0:,}",
         "time": seconds_text(results["seconds"]["total"]),
+        "memory": bytes_text(results["peak_memory_bytes"]),
         "overhead": percent_text(overhead(results["seconds"])),
     }
 

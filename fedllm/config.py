@@ -37,6 +37,9 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     if not OmegaConf.is_dict(given):
         raise UserError(f"{path}: expected a mapping of config keys, such as method: dr_encoder")
     for part, where in ((given, str(path)), (extra, "command line")):
+        ranks = OmegaConf.select(part, "lora.r")
+        if OmegaConf.is_list(ranks):
+            raise UserError(f"lora.r={list(ranks)}: expected one rank for all clients; adapters of mixed ranks have no average")
         check_keys(OmegaConf.to_container(part), Config, where)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given, extra))

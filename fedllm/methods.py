@@ -52,6 +52,7 @@ register(
             "codec.family": "autoencoder",
             "codec.code_size": None,
             "codec.prior": "moments",
+            "codec.fit_at": "server",
             "codec.decode": "each",
             "privacy.noise": "local",
             "privacy.calibration": "gdp",
@@ -78,6 +79,7 @@ register(
             "codec.family": "autoencoder",
             "codec.code_size": None,
             "codec.prior": "real",
+            "codec.fit_at": "server",
             "codec.refresh": 0,
             "codec.decode": "each",
             "federation.weights": "examples",
@@ -163,7 +165,7 @@ register(
     Method(
         "anadp",
         "more room for factors of larger private moments, less noise for them (after arXiv 2410.02912)",
-        {"codec.family": "allocation", "codec.code_size": None, "codec.prior": "moments"},
+        {"codec.family": "allocation", "codec.code_size": None, "codec.prior": "moments", "codec.fit_at": "server"},
     )
 )
 DP_SGD = NO_CODEC | {"federation.local.steps": 1, "privacy.unit": "example", "privacy.noise": "central", "codec.bits": 32}

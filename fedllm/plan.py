@@ -17,7 +17,7 @@ from dr_encoder.codecs.chain import WIDER
 from dr_encoder.layout import AdapterLayout
 from fedllm import plan_memory as memory
 from fedllm.aggregation import AGGREGATIONS
-from fedllm.codec_fit import MOST_AUTO, SIGNAL_SHARE
+from fedllm.codec_fit import MOST_AUTO, SIGNAL_SHARE, check_sizes
 from fedllm.combinations import held_out_rows
 from fedllm.errors import UserError
 from fedllm.evaluation import downlink_bytes, message_bytes
@@ -157,9 +157,8 @@ def code_of(config: Config, layout: AdapterLayout) -> Code:
     Raises UserError for a code longer than the update, or a family that says nothing of its size.
     """
     settings, n = config.codec, layout.size
+    check_sizes(config, n)
     size = min(MOST_AUTO, n) if settings.code_size == "auto" else settings.code_size
-    if size is not None and size > n:
-        raise UserError(f"codec.code_size={size}: expected at most {n}, the number of trained parameters")
     factors = [(factor.shape[0], factor.size // factor.shape[0]) for factor in layout.factors]
     diagonal = settings.prior == "moments" and settings.family in ("linear", "kronecker")
     family = "coordinate" if diagonal else settings.family
@@ -177,7 +176,7 @@ def code_of(config: Config, layout: AdapterLayout) -> Code:
     elif family in memory.STORED:
         size = n if size is None else size
         stored = memory.STORED[family](n, size, factors)
-    elif not CODECS[family].needs_prior:
+    elif not CODECS[family].fits:
         try:
             codec = CODECS[family].fit(None, layout, size, 0.0, 0)
         except ValueError as error:  # fewer numbers than the family needs

@@ -24,6 +24,7 @@ from dr_encoder.priors import (
     random_directions,
     recency_weights,
 )
+from fedllm.errors import UserError
 from fedllm.schema import GENERATED, Config
 
 RANDOM_ROWS = 16
@@ -119,7 +120,11 @@ def of_config(
     codec = config.codec
     if codec.prior == "none":
         return None
-    return build(codec.prior, codec.weights, Given(layout, public, past, seed, config.task.public == GENERATED, real))
+    given = Given(layout, public, past, seed, config.task.public == GENERATED, real)
+    try:
+        return build(codec.prior, codec.weights, given)
+    except ValueError as error:  # gradients that are not finite, or all zero
+        raise UserError(f"codec.prior={codec.prior}: {error}") from None
 
 
 def build(name: str, weights: list[float] | None, given: Given) -> GaussianPrior:

@@ -19,6 +19,7 @@ from typing import Any
 
 from fedllm import evaluation, parallel
 from fedllm.checkpoint import Checkpoints, write_json, write_whole
+from fedllm.codec_fit import check_sizes
 from fedllm.config import load_config, save_config
 from fedllm.errors import UserError
 from fedllm.federation import Federation, Progress, public_seed
@@ -60,7 +61,7 @@ def train(config: Config, before: evaluation.Evaluation | None = None) -> dict[s
         run_id = new_run_id(config)
         with open_display() as display:
             setting = build(config, public_seed(run_id, config), display.phase)
-        check_sizes(config, setting)
+        check_sizes(config, setting.engine.layout.size)
         check_population(config, setting)
         groups = clip_groups(setting.engine.layout, config.privacy.clip.groups)
         calibration = calibrate(config, setting.partition.unit_count, len(groups))
@@ -182,13 +183,6 @@ def population(config: Config) -> str:
     columns = {name: column for name, column in dataclasses.asdict(task.columns).items() if name != "public"}  # no unit's data
     made_of = [task.test, task.eval_examples, columns, partition]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def check_sizes(config: Config, setting: Setting) -> None:
-    """Raise UserError for a code longer than the update."""
-    size, code_size = setting.engine.layout.size, config.codec.code_size
-    if isinstance(code_size, int) and code_size > size:
-        raise UserError(f"codec.code_size={code_size}: expected at most {size}, the number of trained parameters")
 
 
 def check_population(config: Config, setting: Setting) -> None:

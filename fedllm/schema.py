@@ -91,7 +91,8 @@ class FederationConfig:
     clients: int = 2000
     expected_cohort: int = 100
     max_cohort: int | None = None
-    unit_sampling_rate: float | None = None  # unit user or example: Poisson rate at which every client samples its own
+    # Unit user or example: Poisson rate at which every client samples its own; null: expected_cohort / clients.
+    unit_sampling_rate: float | None = None
     rounds: int = 10
     weights: str = "uniform"  # uniform | examples (by each client's number; under privacy :published methods alone)
     transport: str = "simulation"

@@ -57,7 +57,7 @@ def measure(family: str, layers: int, width: int, code_size: int) -> dict[str, A
     factors = tuple(Factor(str(place), shape, place * RANK * width) for place, shape in enumerate(shapes))
     layout = AdapterLayout(factors)
     prior = rows = None
-    if CODECS[family].needs_prior:
+    if CODECS[family].fits:
         generator = torch.Generator().manual_seed(0)
         rows = torch.empty(ROWS, layout.size)
         for factor in factors:

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from fedllm.errors import UserError
+
 Results = dict[str, Any]
 
 
@@ -24,6 +26,8 @@ def load_grid(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such grid; expected a file such as configs/grids/evidence.yaml")
     grid = yaml.safe_load(path.read_text())
     if "extends" in grid:
         below = read_yaml(path.parent / grid.pop("extends"))
@@ -96,6 +100,14 @@ def chosen(grid: dict[str, Any], wanted: list[str]) -> list[str]:
     return list(dict.fromkeys(grid.get("stands_for", {}).get(name, name) for name in names))
 
 
+def fixes(overrides: list[str], key: str) -> bool:
+    """Whether the method among the overrides leaves no choice of a config key."""
+    from fedllm.methods import METHODS
+
+    named = [item.partition("=")[2] for item in overrides if item.startswith("method=")]
+    return bool(named) and key in METHODS[named[-1]].parts
+
+
 # -- tuning --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -117,8 +129,10 @@ class Tuning:
         self.plan = grid.get("tune")
 
     def trials(self, name: str) -> dict[Any, tuple[str, list[str]]]:
-        """value -> (name, overrides) of the tuning runs that choose for variant `name`."""
+        """value -> (name, overrides) of the tuning runs that choose for variant `name`; none where its method fixes the key."""
         cell, plan, axes = self.grid["cells"][name], self.plan, self.grid["axes"]
+        if fixes(self.grid["variants"][name], plan["key"]):
+            return {}
         stand_in = next((task for task, entry in plan["tasks"].items() if cell[plan["axis"]] in entry["for"]), None)
         if stand_in is None:
             sys.exit(f"grid: tune.tasks: none is for {cell[plan['axis']]}; expected each of the axis {plan['axis']} once")

@@ -1,6 +1,11 @@
-"""One file a family; importing this package registers them all."""
+"""One file a family; importing this package imports every file in it, and with that registers its family."""
 
-from dr_encoder.codecs import allocation, autoencoder, chain, coordinate, identity, kronecker, linear, powersgd, sketch, topk  # noqa: F401
-from dr_encoder.codecs.base import CODECS, Codec, load, register, save
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+from dr_encoder.codecs.base import CODECS, Codec, load, register, save  # noqa: E402
 
 __all__ = ["CODECS", "Codec", "load", "register", "save"]

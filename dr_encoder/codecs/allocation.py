@@ -28,6 +28,8 @@ class AllocationCodec(Codec):
     """
 
     linear = True
+    fits = ("moments", "rows")
+    fixed_size = True
 
     def __init__(self, scale: Tensor, variance: Tensor):
         self.scale, self.variance = scale, variance

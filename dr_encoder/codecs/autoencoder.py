@@ -103,6 +103,9 @@ class AutoEncoderCodec(Codec):
     Formal guarantees: none of its own. A code's norm is at most sqrt(k) (Tanh); the caller clips codes to C.
     """
 
+    fits = ("moments", "rows")
+    fixed_size = True
+
     def __init__(self, network: ConvAutoEncoder, factor_std: Tensor, factor_sizes: Tensor, code_variance: Tensor):
         self.network = network.eval().requires_grad_(False)
         self.factor_std, self.factor_sizes, self.code_variance = factor_std, factor_sizes, code_variance

@@ -27,16 +27,19 @@ class Codec:
         orthonormal: whether the rows of the encoder are orthonormal (then noise before or after encoding is the same in the code).
         summable: whether codes may be added. If not, `decode` takes ONE update's code, the mean is taken over decoded updates,
             and no noise can be put into a code: such a codec is for runs without DP.
-        needs_prior: whether `fit` refuses None for a prior.
 
-    These four are of the class where they hold for a whole family, and of the instance where they depend on its parts (`chain`).
+    These three are of the class where they hold for a whole family, and of the instance where they depend on its parts (`chain`).
+
+        fits: what `fit` takes for a prior: `rows` (samples), `moments` (scales alone); the first named is its own. Empty: None.
+        fixed_size: whether the family fixes k itself, so that `fit` takes None for it.
     """
 
     name: ClassVar[str]
     linear: bool = False
     orthonormal: bool = False
     summable: bool = True
-    needs_prior: ClassVar[bool] = True
+    fits: ClassVar[tuple[str, ...]] = ("rows",)
+    fixed_size: ClassVar[bool] = False
     update_size: int
     code_size: int
 

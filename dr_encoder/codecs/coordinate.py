@@ -20,6 +20,7 @@ class CoordinateCodec(Codec):
 
     linear = True
     orthonormal = True
+    fits = ("rows", "moments")
 
     def __init__(self, chosen: Tensor, variance: Tensor, update_size: int):
         self.chosen, self.variance, self.update_size = chosen, variance, update_size

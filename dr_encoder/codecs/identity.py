@@ -18,7 +18,8 @@ class IdentityCodec(Codec):
 
     linear = True
     orthonormal = True
-    needs_prior = False
+    fits = ()
+    fixed_size = True
 
     def __init__(self, variance: Tensor):
         self.variance = variance

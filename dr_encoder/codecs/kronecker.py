@@ -58,6 +58,7 @@ class KroneckerCodec(Codec):
 
     linear = True
     orthonormal = True
+    fits = ("rows", "moments")
 
     def __init__(
         self, blocks: list[Block], left: Tensor, right: Tensor, cells: Tensor, coordinates: Tensor, variance: Tensor, update_size: int

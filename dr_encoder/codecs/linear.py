@@ -16,6 +16,17 @@ from dr_encoder.codecs.coordinate import CoordinateCodec
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import GaussianPrior
 
+DENSE_NUMBERS = 2**29  # most numbers of a dense k x n matrix, 2 GiB; above that a code needs a structure
+
+
+def check_dense(code_size: int, update_size: int) -> None:
+    """Raise ValueError for a dense matrix [code_size, update_size] of more than DENSE_NUMBERS."""
+    if code_size * update_size > DENSE_NUMBERS:
+        raise ValueError(
+            f"Expected code_size={code_size} <= {DENSE_NUMBERS // update_size} for updates of {update_size:,}, a dense matrix of "
+            f"{DENSE_NUMBERS:,} numbers; kronecker, coordinate and sketch store less"
+        )
+
 
 @register("linear")
 class LinearCodec(Codec):
@@ -23,6 +34,7 @@ class LinearCodec(Codec):
 
     linear = True
     orthonormal = True
+    fits = ("rows", "moments")
 
     def __init__(self, basis: Tensor, variance: Tensor):
         self.basis, self.variance = basis, variance
@@ -34,13 +46,15 @@ class LinearCodec(Codec):
     ) -> Codec:
         """Principal subspace of the prior; for a diagonal prior the coordinates of largest variance.
 
-        Raises ValueError for fewer than `code_size` rows. Rows that span fewer directions than they are (a text that comes twice, an
-        example that the model has learnt, whose gradient is nearly zero) are no error: random directions of variance 0 fill up the rest.
+        Raises ValueError for fewer than `code_size` rows, or a basis of more than DENSE_NUMBERS. Rows that span fewer directions than
+        they are (a text that comes twice, an example that the model has learnt, whose gradient is nearly zero) are no error: random
+        directions of variance 0 fill up the rest.
         """
         check_code_size(code_size, layout.size)
         prior = require_prior(prior, cls.name)
         if prior.structure == "diagonal":
             return CoordinateCodec.fit(prior, layout, code_size, noise_std, seed)
+        check_dense(code_size, layout.size)
         return cls(*principal_subspace(prior.rows, code_size, seed))
 
     def encode(self, updates: Tensor) -> Tensor:

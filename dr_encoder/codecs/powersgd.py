@@ -43,7 +43,7 @@ class PowerSGDCodec(Codec):
     """
 
     summable = False
-    needs_prior = False
+    fits = ()
 
     def __init__(self, blocks: list[Block], starts: Tensor):
         self.blocks, self.starts = blocks, starts

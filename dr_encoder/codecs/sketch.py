@@ -32,7 +32,7 @@ class SketchCodec(Codec):
 
     linear = True
     orthonormal = True
-    needs_prior = False
+    fits = ()
 
     def __init__(self, update_size: int, code_size: int, seed: int):
         self.update_size, self.code_size, self.seed = update_size, code_size, seed

@@ -28,7 +28,7 @@ class TopKCodec(Codec):
     """
 
     summable = False
-    needs_prior = False
+    fits = ()
 
     def __init__(self, update_size: int, kept: int):
         self.update_size, self.kept = update_size, kept

@@ -20,7 +20,7 @@ from dr_encoder.priors import GaussianPrior, factor_rms, from_moments
 from dr_encoder.quantize import dtype_of
 from fedllm import priors, public
 from fedllm.bench.scores import Cohorts, Score, add, add_oracle, stored_bytes
-from fedllm.combinations import FIXED_SIZE, FREE_OF_PRIOR, PRIORS_OF, ROW_PARTS, ROWS
+from fedllm.combinations import REAL, ROW_PARTS, ROWS, priors_of
 from fedllm.errors import UserError
 from fedllm.federation import public_seed
 from fedllm.monitor import Phase
@@ -79,11 +79,13 @@ def bench(
         with phase(f"{config.federation.warm_start.steps} steps on public text", total=config.federation.warm_start.steps) as advance:
             public.warm_start(setting, config, public_seed("0" * 16, config), advance)
     layout, optimizer = setting.engine.layout, ServerOptimizer(setting.engine.adapter(), config.federation.server)
+    for name in prior_names:
+        check_prior_name(name)
     candidates = [
         Candidate(family, prior, size)
         for family in (families or sorted(CODECS))
-        for prior in (("none",) if family in FREE_OF_PRIOR else [name for name in prior_names if usable(family, name)])
-        for size in ((None,) if family in FIXED_SIZE else sizes)
+        for prior in (("none",) if not CODECS[family].fits else [name for name in prior_names if usable(family, name)])
+        for size in ((None,) if CODECS[family].fixed_size else sizes)
     ]
     if not candidates:
         raise UserError("--codecs, --priors: expected at least one codec with a prior that it can use")
@@ -127,9 +129,17 @@ def adam_weights(layout: AdapterLayout, rows: public.PublicGradients) -> Tensor 
     return layout.spread(torch.where(alive, rms[alive].min() / rms, 0.0))
 
 
+def check_prior_name(name: str) -> None:
+    """Raise UserError for what no codec is fitted on."""
+    parts = name.split("+")
+    mixture = parts[0] in ("public", REAL) and len(set(parts)) == len(parts) and set(parts[1:]) <= set(ROW_PARTS)
+    if name != "moments" and not mixture:
+        raise UserError(f"--priors {name}: expected {ROWS}, {REAL} or moments")
+
+
 def usable(family: str, prior: str) -> bool:
     """Whether a family may be fitted on a prior."""
-    return prior in PRIORS_OF[family] or (ROWS in PRIORS_OF[family] and set(prior.split("+")) <= set(ROW_PARTS))
+    return prior in priors_of(family) or (ROWS in priors_of(family) and prior.split("+")[0] in ROW_PARTS)
 
 
 def noise_of_sum(config: Config, setting: Setting) -> float:

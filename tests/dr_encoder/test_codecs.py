@@ -185,7 +185,7 @@ def test_names_are_the_registrys():
 
 @pytest.mark.parametrize("family", sorted(CODECS))
 def test_a_prior_that_does_not_serve_is_refused_in_one_line(family):
-    if not CODECS[family].needs_prior:
+    if not CODECS[family].fits:
         assert CODECS[family].fit(None, LAYOUT, FIXED.get(family, 16), 0.0, 0).update_size == N
         return
     with pytest.raises(ValueError, match=r"^Expected a prior[^\n]*$"):
@@ -224,6 +224,15 @@ def test_a_lopsided_prior_still_gives_an_orthonormal_basis():
 def test_linear_asks_for_a_row_a_number():
     with pytest.raises(ValueError, match=r"code_size=21 <= 20, .* prior's rows"):
         LinearCodec.fit(from_public_gradients(LAYOUT, rows(1, 20)), LAYOUT, 21, 0.0, 0)
+
+
+def test_a_dense_matrix_above_the_stated_size_is_refused_before_it_is_made(monkeypatch):
+    monkeypatch.setattr(codecs.linear, "DENSE_NUMBERS", 20 * N)
+    prior = from_public_gradients(LAYOUT, rows(1, 30))
+    assert LinearCodec.fit(prior, LAYOUT, 20, 0.0, 0).code_size == 20
+    with pytest.raises(ValueError, match=rf"code_size=21 <= 20 for updates of {N:,}, a dense matrix of {20 * N:,} numbers; kronecker"):
+        LinearCodec.fit(prior, LAYOUT, 21, 0.0, 0)
+    assert CODECS["kronecker"].fit(prior, LAYOUT, 21, 0.0, 0).code_size == 21
 
 
 @pytest.mark.parametrize("spoil", ["twice", "tiny", "one direction"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import from_public_gradients
 from fedllm import cli
 from fedllm.bench.scores import Cohorts, Score, add, add_oracle
+from fedllm.config import load_config
+from fedllm.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,6 +133,39 @@ def test_a_codec_of_real_gradients_says_what_it_costs(tiny, tmp_path, capsys):
     assert row["cost"].startswith("everything") and row["kept_energy_mean"] is not None
 
 
+def test_a_codec_of_ones_own_is_one_class(tiny, tmp_path, capsys, monkeypatch):
+    """Registered, a family is a config's, with the checks that its attributes ask for, and stands in the table."""
+
+    class Halved(CODECS["coordinate"]):
+        """Half of each number: linear, but not orthonormal."""
+
+        name, orthonormal, fits = "halved", False, ("rows",)
+
+        def encode(self, updates):
+            return super().encode(updates) / 2
+
+        def decode(self, mean_code, noise_std=0.0):
+            return super().decode(2 * mean_code, 2 * noise_std)
+
+    monkeypatch.setitem(CODECS, "halved", Halved)
+    config = str(tiny / "config.yaml")
+    assert load_config(config, ["codec.family=halved"]).codec.family == "halved"
+    for overrides, says in [
+        (["codec.prior=moments"], "codec.prior=moments: expected one of public[+released][+random], real with codec.family=halved"),
+        (["privacy.noise_in=update"], "halved is no orthonormal code"),
+        (["codec.code_size=null"], "codec.code_size=null: expected a number"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(says)):
+            load_config(config, ["codec.family=halved", *overrides])
+    Halved.summable = False
+    with pytest.raises(UserError, match="its codes cannot be summed"):
+        load_config(config, ["codec.family=halved"])
+    Halved.summable = True
+    arguments = ["--rounds", "1", "--others", "12", "--sizes", "4", "--codecs", "halved", "--json", "--out", str(tmp_path)]
+    assert cli.run(["codec", "bench", config, *arguments]) == 0
+    assert {row["prior"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"public", "public+released"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -138,6 +174,8 @@ def test_a_codec_of_real_gradients_says_what_it_costs(tiny, tmp_path, capsys):
         (["--sizes", "0"], "--sizes 0: expected whole numbers"),
         (["--rounds", "0"], "--rounds 0: expected"),
         (["--others", "1000"], "--others 1000: expected 2 to"),
+        (["--priors", "released"], "--priors released: expected public[+released][+random], real or moments"),
+        (["--priors", "public,publik"], "--priors publik: expected"),
         (["--codecs", "chain", "--priors", "moments"], "--codecs, --priors: expected at least one"),
     ],
 )

@@ -13,7 +13,6 @@ from dr_encoder.codecs.autoencoder import required_code_size
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import from_public_gradients
 from fedllm import plan_memory as memory
-from fedllm.combinations import FIXED_SIZE
 from fedllm.errors import UserError
 from fedllm.models import add_adapter
 from fedllm.plan import code_of
@@ -154,7 +153,7 @@ def test_codecs_are_as_large_as_planned(family, one_thread):
     """Every registered family: its code size and what it stores, from a layout alone."""
     shapes = {"A": (4, 300), "B": (200, 4)}
     layout = AdapterLayout.of((f"f{index}.lora_{side}", torch.zeros(shape)) for index in range(2) for side, shape in shapes.items())
-    size = None if family in FIXED_SIZE else {"powersgd": 1100}.get(family, 24)
+    size = None if codecs.CODECS[family].fixed_size else {"powersgd": 1100}.get(family, 24)
     prior = from_public_gradients(layout, torch.randn(40, layout.size, generator=torch.Generator().manual_seed(1)))
     codec = codecs.CODECS[family].fit(prior, layout, size, 0.0, 0, steps=1)
     code = code_of(Config(codec=CodecConfig(family=family, code_size=size)), layout)

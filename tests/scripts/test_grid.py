@@ -98,6 +98,31 @@ def test_a_tuning_run_on_a_task_of_the_grid_is_that_tasks_run(axes, load):
     assert axes.Tuning(load(tune=TUNE), None, None).twin(overrides, 11) is None
 
 
+def test_what_a_method_fixes_is_not_tuned(axes, load):
+    methods = {"flora": ["method=flora"], "fedit": ["method=fedit"]}
+    tuning = axes.Tuning(load(tune=TUNE, axes=AXES | {"method": methods}, skip=[], same={}), None, lambda name, seed: None)
+    assert tuning.trials("one-flora-inf") == {} and tuning.choose("one-flora-inf", train=True) == []
+    assert len(tuning.trials("one-fedit-inf")) == 2
+    assert tuning.report()["runs"] == 0
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "grids").glob("*.yaml")))
+def test_no_grid_asks_for_what_its_method_fixes(axes, name):
+    from fedllm.methods import METHODS
+
+    grid = axes.load_grid(ROOT / "configs" / "grids" / f"{name}.yaml")
+    tuning = axes.Tuning(grid, None, None)
+    cells = list(grid["variants"].values())
+    if tuning.plan:
+        cells += [overrides for cell in axes.chosen(grid, []) for _, overrides in tuning.trials(cell).values()]
+    for overrides in cells:
+        asked = dict(item.split("=", 1) for item in [*grid.get("common", []), *overrides])
+        parts = METHODS[asked.get("method", "dr_encoder")].parts
+        assert {key: yaml.safe_load(value) for key, value in asked.items() if key in parts} == {
+            key: parts[key] for key in parts if key in asked
+        }
+
+
 @pytest.mark.parametrize("name", ["methods", "methods_full"])
 def test_cells_of_the_method_grids_are_configs_tuned_on_other_text(axes, name):
     from fedllm.config import load_config
