@@ -43,5 +43,6 @@ def bench_figure(found: Mapping[str, Any], path: str | Path) -> Path:
             axis.set_xscale("log", base=2)
             axis.set_xlabel("numbers in the code")
         figure.suptitle(f"{found['model']} on {found['task']}: {found['why_not_private']}", x=0.01, ha="left", color=WARNING)
-        figure.legend(loc="outside lower center", ncols=3)
+        if kept.lines:
+            figure.legend(loc="outside lower center", ncols=3)
         return _save(figure, path)
