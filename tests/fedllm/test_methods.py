@@ -31,6 +31,7 @@ NEEDS = {
     "example_level": EXAMPLES,
     "ew_tune": EXAMPLES,
     "ew_tune:published": EXAMPLES,
+    "cg_fedllm:published": ["codec.refresh=0"],
     "dp_fedlora:published": SMALL_STEPS,
     "flora": SMALL_STEPS,
     "fedex_lora": SMALL_STEPS,
