@@ -43,4 +43,4 @@ for asked in "$@"; do
     bench "$model" reuters-r8 "Write one sentence of a news story about {label} that mentions {words}." federation.clients=1370
     bench "$model" drug-reviews "Write one sentence from a patient's {label} review of a medicine, which mentions {words}." federation.clients=600
 done
-.venv/bin/python scripts/codec_tables.py "$out"/*-{movie-reviews,newsgroups,reuters-r8,drug-reviews}.json
+.venv/bin/python scripts/codec_tables.py "$out"/{minilm-l6,smollm2-135m}-*.json
