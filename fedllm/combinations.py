@@ -127,11 +127,6 @@ def check_combination(config: Config, published: bool) -> None:
             f"privacy.noise_in=update: expected code with privacy.noise=central and privacy.unit={privacy.unit}; "
             f"a sum of {privacy.unit}s that is encoded before the noise is rounded before it"
         )
-    if fed.local.prox > 0 and fed.local.steps == 1:
-        raise UserError(
-            f"federation.local.prox={fed.local.prox:g}: expected 0 with federation.local.steps=1; the first step begins where the "
-            "proximal term is zero"
-        )
     if privacy.unit == "example" and fed.local.steps != 1:
         raise UserError(f"federation.local.steps={fed.local.steps}: expected 1 with privacy.unit=example, whose unit is one gradient")
     if privacy.unit != "client" and (not family.summable or codec.error_feedback):

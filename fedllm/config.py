@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         raise UserError(f"{path}: {key + ': ' if key else ''}{_first_line(error)}") from None
-    config = apply_method(config, {key: OmegaConf.select(extra, key) for key in dotted(OmegaConf.to_container(extra))})
+    config = apply_method(config, {key: operator.attrgetter(key)(config) for key in dotted(OmegaConf.to_container(extra))})
     check(config)
     return config
 

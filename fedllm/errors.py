@@ -5,9 +5,5 @@ class UserError(ValueError):
     """A mistake in the command, the config or the data, told in one line: what, where, what would be right."""
 
 
-class InUse(UserError):
-    """Another process has the run's folder."""
-
-
 class RunStopped(RuntimeError):
     """A run that had to end early, told in one line; everything up to its last round is kept."""

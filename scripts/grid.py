@@ -12,17 +12,20 @@ everything anew; `--out` writes table.md, table.json and figures.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import json
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from grid_axes import Tuning, chosen, load_grid
 from grid_report import markdown, summary, tuning_text, write_report
 
-from fedllm.errors import InUse, UserError
+from fedllm.checkpoint import write_json
+from fedllm.errors import UserError
 
 
 def main() -> None:
@@ -64,8 +67,6 @@ def work(arguments: argparse.Namespace) -> None:
 class Runner:
     """Trains what is not finished; the untrained model is evaluated once for each model and task."""
 
-    patience = 5.0  # seconds between two looks at a run of another process
-
     def __init__(self, grid: dict[str, Any]):
         self.grid = grid
         self.known: dict[str, Any] = {}
@@ -95,30 +96,36 @@ class Runner:
         from fedllm.run import resume, train
         from fedllm.training.engine import Evaluation
 
-        where, results = self.folder(name, seed), self.read(name, seed)
+        where = self.folder(name, seed)
         settings = [*self.grid.get("common", []), *overrides, f"seed={seed}", f"output_dir={where}"]
         config = load_config(self.grid["config"], settings)
         model = untrained(config)
-        waiting = False
-        while results is None:
+        with self.turn(where):
+            results = self.read(name, seed)
             try:
-                if (where / "ledger.jsonl").exists():
+                if results is None and (where / "ledger.jsonl").exists():
                     results = resume(where)
-                else:
+                elif results is None:
                     print(f"grid: {where}", file=sys.stderr, flush=True)
                     results = train(config, self.known.get(model))
-            except InUse:  # two processes share a grid, and what several variants need once is trained by one of them
-                if not waiting:
-                    print(f"grid: {where}: in the hands of another process, waiting for it", file=sys.stderr, flush=True)
-                waiting = True
-                time.sleep(self.patience)
-                results = self.read(name, seed)
             except RunStopped as stopped:
                 print(f"grid: {where}: {stopped}", file=sys.stderr, flush=True)
                 return None
         self.keep(name, seed, results)
         self.known[model] = Evaluation(results["loss_before"], results["accuracy_before"])
         return results
+
+    @contextlib.contextmanager
+    def turn(self, where: Path) -> Iterator[None]:
+        """Two processes share a grid: what several variants need is trained by one of them, and the other waits for it here."""
+        where.parent.mkdir(parents=True, exist_ok=True)
+        with open(where.parent / f".{where.name}.lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                print(f"grid: {where}: in the hands of another process, waiting for it", file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def folder(self, name: str, seed: int) -> Path:
         return Path(self.grid["out"]) / f"{name}-seed{seed}"
@@ -131,13 +138,13 @@ class Runner:
         path = self.kept_file(name, seed)
         if path is not None and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(results, indent=1) + "\n")
+            write_json(path, results)
 
     def take_over(self, name: str, seed: int, results: dict[str, Any]) -> None:
         """The results of a run that was trained under another name, under this one too."""
         where = self.folder(name, seed)
         where.mkdir(parents=True, exist_ok=True)
-        (where / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_json(where / "results.json", results)
         self.keep(name, seed, results)
 
     def read(self, name: str, seed: int) -> dict[str, Any] | None:

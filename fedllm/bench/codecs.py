@@ -64,6 +64,8 @@ def bench(
     reference, next to the cohort of federation.expected_cohort; None: twice as many.
     Raises UserError for what the config lacks.
     """
+    for name in prior_names:
+        check_prior_name(name)
     config = resolve(config)
     setting = build(config, public_seed("0" * 16, config), phase=phase)
     if setting.public is None:
@@ -79,8 +81,6 @@ def bench(
         with phase(f"{config.federation.warm_start.steps} steps on public text", total=config.federation.warm_start.steps) as advance:
             public.warm_start(setting, config, public_seed("0" * 16, config), advance)
     layout, optimizer = setting.engine.layout, ServerOptimizer(setting.engine.adapter(), config.federation.server)
-    for name in prior_names:
-        check_prior_name(name)
     candidates = [
         Candidate(family, prior, size)
         for family in (families or sorted(CODECS))
@@ -133,8 +133,8 @@ def check_prior_name(name: str) -> None:
     """Raise UserError for what no codec is fitted on."""
     parts = name.split("+")
     mixture = parts[0] in ("public", REAL) and len(set(parts)) == len(parts) and set(parts[1:]) <= set(ROW_PARTS)
-    if name != "moments" and not mixture:
-        raise UserError(f"--priors {name}: expected {ROWS}, {REAL} or moments")
+    if name not in ("moments", "none") and not mixture:
+        raise UserError(f"--priors {name}: expected {ROWS}, {REAL}, moments or none")
 
 
 def usable(family: str, prior: str) -> bool:

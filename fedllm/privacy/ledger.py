@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from fedllm.errors import InUse, UserError
+from fedllm.errors import UserError
 
 VERSION = 1
 PART_NAME = ".ledger.jsonl.part"  # a ledger whose header is being written
@@ -93,7 +93,7 @@ class Ledger:
     def open(cls, path: str | Path) -> "Ledger":
         """Continue a ledger, cutting off an unfinished last line: its fsync never returned, so no noise was drawn.
 
-        Raises UserError for a missing file, a second process (InUse), or a damaged line anywhere else.
+        Raises UserError for a missing file, a second process, or a damaged line anywhere else.
         """
         path = Path(path)
         try:
@@ -176,7 +176,7 @@ def _lock(descriptor: int, path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise InUse(f"{path} is in use by another process: wait for it or stop it") from None
+        raise UserError(f"{path} is in use by another process: wait for it or stop it") from None
 
 
 def _read(path: Path) -> bytes:

@@ -174,7 +174,7 @@ def test_a_codec_of_ones_own_is_one_class(tiny, tmp_path, capsys, monkeypatch):
         (["--sizes", "0"], "--sizes 0: expected whole numbers"),
         (["--rounds", "0"], "--rounds 0: expected"),
         (["--others", "1000"], "--others 1000: expected 2 to"),
-        (["--priors", "released"], "--priors released: expected public[+released][+random], real or moments"),
+        (["--priors", "released"], "--priors released: expected public[+released][+random], real, moments or none"),
         (["--priors", "public,publik"], "--priors publik: expected"),
         (["--codecs", "chain", "--priors", "moments"], "--codecs, --priors: expected at least one"),
     ],

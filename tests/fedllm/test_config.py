@@ -269,7 +269,6 @@ COMBINATIONS = [
     (["privacy.unit=patient"], "privacy.unit=patient: expected one of client, user, example"),
     ([*USER, "federation.partition.kind=dirichlet"], "federation.partition.kind=dirichlet: expected iid or column"),
     (["privacy.unit=user", "task.columns.user=user", "federation.expected_cohort=5000"], "federation.unit_sampling_rate: expected a rate"),
-    (["federation.local.prox=0.1"], "federation.local.prox=0.1: expected 0 with federation.local.steps=1"),
     (["lora.r=[4,8]"], "lora.r=[4, 8]: expected one rank for all clients"),
     (["codec.decode=each", "codec.prior=public+released", "privacy.noise=local"], "codec.decode=each: expected mean with codec.prior"),
     (["privacy.unit=user", "federation.unit_sampling_rate=0.5"], "task.columns.user: expected the column"),

@@ -1,6 +1,7 @@
 """scripts/grid*.py: axes to variants, what is trained once for several, the public choice of a learning rate."""
 
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -141,28 +142,26 @@ def test_cells_of_the_method_grids_are_configs_tuned_on_other_text(axes, name):
 
 
 def test_a_run_of_another_process_is_waited_for(axes, load, tmp_path, monkeypatch, capsys):
-    import grid
+    import fcntl
 
-    import fedllm.run
-    from fedllm.errors import InUse
+    import grid
 
     monkeypatch.chdir(tmp_path)
     runner = grid.Runner(load(config=str(ROOT / "configs/quickstart.yaml")) | {"kept": None})
-    runner.patience = 0.0
     where = runner.folder("one-fedit-inf", 1)
     where.mkdir(parents=True)
-    (where / "ledger.jsonl").touch()
-    looks = []
+    with open(where.parent / f".{where.name}.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
 
-    def busy(folder):
-        looks.append(folder)
-        if len(looks) == 3:
-            (folder / "results.json").write_text('{"accuracy": 0.5, "accuracy_before": 0.4, "loss_before": 1.0}')
-        raise InUse("in use")
+        def finish():
+            (where / "results.json").write_text('{"accuracy": 0.5, "accuracy_before": 0.4, "loss_before": 1.0}')
+            fcntl.flock(other, fcntl.LOCK_UN)
 
-    monkeypatch.setattr(fedllm.run, "resume", busy)
-    assert runner.run("one-fedit-inf", ["method=fedit"], 1)["accuracy"] == 0.5
-    assert looks == [where] * 3 and capsys.readouterr().err.count("waiting for it") == 1
+        timer = threading.Timer(1.0, finish)
+        timer.start()
+        assert runner.run("one-fedit-inf", ["method=fedit"], 1)["accuracy"] == 0.5  # read after the wait, not trained
+        timer.join()
+    assert capsys.readouterr().err.count("waiting for it") == 1
 
 
 def test_an_untrained_head_is_another_one_with_another_seed(axes):
