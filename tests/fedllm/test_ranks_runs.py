@@ -33,7 +33,7 @@ SETTINGS = {
     "examples": [*EXAMPLES],
     "steps": ["federation.local.steps=2", "federation.local.lr=0.5", "federation.local.prox=0.1"],
     "feedback": ["codec.family=topk", "codec.code_size=60", *LOSSY, "federation.rounds=3"],
-    "state": ["method=dp_fedlora:published"],
+    "state": ["method=dp_fedlora:published", "federation.server.optimizer=fedavg", "federation.server.lr=1"],
     # Under noise the products of adapters are so large that the order of clients alone moves the fourth digit.
     "stack": [*PRODUCTS, "federation.aggregation=stack", "privacy.enabled=false"],
     "residual": [*PRODUCTS, "federation.aggregation=residual", "privacy.enabled=false"],
