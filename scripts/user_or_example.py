@@ -83,7 +83,8 @@ def work(settings: dict[str, Any], epsilons: list[float], given: argparse.Namesp
         for name, answer in promises.items()
         if answer["example"] is not None
     )
-    return f"{markdown(grid | {'reference': 'user-level, same epsilon of a user'}, rows)}\n\n{told}."
+    label = f"Bounds by PLD, add or remove, delta {DELTA:g}, against whoever sees the model; a user is {MOST} snippets"
+    return f"{markdown(grid | {'reference': 'user-level, same epsilon of a user'}, rows)}\n\n{label}. {told}."
 
 
 def noise_for_user(epsilon: float, rounds: int, rate: float, most: int = MOST) -> tuple[float, float]:

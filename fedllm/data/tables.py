@@ -19,7 +19,7 @@ def read_file(path: Path) -> Columns:
     Raises: UserError for a missing file, an unknown suffix or a line that cannot be read.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file; expected one that exists ({', '.join(READERS)})")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: cannot read {path.suffix or 'a file without suffix'}; expected {', '.join(READERS)}")
