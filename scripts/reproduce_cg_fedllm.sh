@@ -2,10 +2,13 @@
 # CG-FedLLM (arXiv 2405.13746): as published, its auto-encoder fitted on clients' real gradients, and corrected, on public ones.
 source "$(dirname "$0")/reproduce_common.sh"
 
-sized configs/classify.yaml seed=1 task.source=reuters-r8 federation.clients=1370 federation.rounds=8 federation.server.lr=5e-3 \
-    task.eval_examples=1000 task.monitor_examples=20 task.max_length=40
-run no-privacy method=fedit
-run published-no-noise method=cg_fedllm:published codec.fit_at=server privacy.enabled=false
-run published method=cg_fedllm:published codec.fit_at=server
-run corrected method=cg_fedllm codec.code_size=null codec.refresh=4
-tell
+runs_of() {
+    model=$1
+    sized configs/classify.yaml seed=1 task.source=reuters-r8 federation.clients=1370 federation.rounds=8 federation.server.lr=5e-3 \
+        task.eval_examples=1000 task.monitor_examples=20 task.max_length=40
+    run no-privacy method=fedit
+    run published-no-noise method=cg_fedllm:published codec.fit_at=server privacy.enabled=false
+    run published method=cg_fedllm:published codec.fit_at=server
+    run corrected method=cg_fedllm codec.code_size=null codec.refresh=4
+}
+each runs_of llama-7b qwen-7b

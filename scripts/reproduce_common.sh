@@ -1,17 +1,20 @@
 # Sourced by the reproduce_*.sh: options, set-up, runs that are continued or kept, and the paper's claim beside what came out.
-#   --full   the paper's models and data from the hub        --quick   a random model of seconds
+#   --full   the paper's models and data from the hub, one after another; --only NAME: one of them      --quick   a random model of seconds
 #   --report   what is there, without training
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 size=default
 train=yes
-for option in "$@"; do
-    case "$option" in
-        --full | --quick) size=${option#--} ;;
+only=
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --full | --quick) size=${1#--} ;;
         --report) train=no ;;
-        *) echo "$(basename "$0"): unknown option $option; expected --full, --quick or --report" >&2; exit 2 ;;
+        --only) only=${2:-}; shift ;;
+        *) echo "$(basename "$0"): unknown option $1; expected --full, --only NAME, --quick or --report" >&2; exit 2 ;;
     esac
+    shift
 done
 bash scripts/setup.sh
 python=.venv/bin/python
@@ -21,8 +24,32 @@ paper=${paper#reproduce_}
 runs=runs/reproduce/$paper-$size
 done_runs=()
 
-# sized CONFIG [key=value ...]: the default size of this paper; --quick and --full have their own. Papers know no public text of the task's
-# own subject and no start on it.
+# each FUNCTION NAME...: the runs that FUNCTION makes, and their table; at --full for every one of the paper's models or tasks
+each() {
+    local function=$1 name names
+    shift
+    names=("$@")
+    if [ "$size" != full ]; then
+        "$function" default
+        tell
+        return
+    fi
+    [ -z "$only" ] || names=("$only")
+    for name in "${names[@]}"; do
+        if [[ " $* " != *" $name "* ]]; then
+            echo "$(basename "$0"): --only $name: expected one of $*" >&2
+            exit 2
+        fi
+        echo "$name"
+        runs=runs/reproduce/$paper-full/$name
+        done_runs=()
+        "$function" "$name"
+        tell
+    done
+}
+
+# sized CONFIG [key=value ...]: the default size of this paper; --quick and --full (configs/paper/MODEL-PAPER.yaml) have their own. Papers
+# know no public text of the task's own subject and no start on it.
 plain=(task.public=newsgroups codec.public_labels=random federation.warm_start.steps=0 federation.server.schedule=constant)
 common=()
 sized() {
@@ -30,7 +57,7 @@ sized() {
     shift
     common=("${plain[@]}" "$@")
     if [ "$size" = full ]; then
-        config=configs/paper/llama-7b-${paper//_/-}.yaml
+        config=configs/paper/$model-${paper//_/-}.yaml
         common=()
     elif [ "$size" = quick ]; then
         config=$runs/tiny/config.yaml

@@ -2,11 +2,14 @@
 # DR-Encoder (AAAI-25, arXiv 2412.17053): as published, corrected with the paper's encoder, with the encoder that wins here, and without one.
 source "$(dirname "$0")/reproduce_common.sh"
 
-sized configs/classify.yaml seed=1 task.source=reuters-r8 federation.clients=1370 federation.rounds=8 federation.server.lr=5e-3 \
-    task.eval_examples=1000 task.monitor_examples=20 task.max_length=40
-run no-privacy method=fedit
-run published method=dr_encoder:published codec.fit_at=server
-run corrected-autoencoder codec.family=autoencoder codec.code_size=null codec.prior=moments codec.fit_at=server
-[ "$size" = full ] || run corrected-linear method=dr_encoder
-run no-encoder method=full_noise codec.refresh=3
-tell
+runs_of() {
+    model=$1
+    sized configs/classify.yaml seed=1 task.source=reuters-r8 federation.clients=1370 federation.rounds=8 federation.server.lr=5e-3 \
+        task.eval_examples=1000 task.monitor_examples=20 task.max_length=40
+    run no-privacy method=fedit
+    run published method=dr_encoder:published codec.fit_at=server
+    run corrected-autoencoder codec.family=autoencoder codec.code_size=null codec.prior=moments codec.fit_at=server
+    [ "$size" = full ] || run corrected-linear method=dr_encoder
+    run no-encoder method=full_noise codec.refresh=3
+}
+each runs_of llama-7b qwen-7b

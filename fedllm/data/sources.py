@@ -16,6 +16,7 @@ from fedllm.errors import UserError
 from fedllm.schema import GENERATED
 
 _PLACE = re.compile(r"\{([^{}]+)\}")  # of a column in a template
+HELD_OUT = ("test", "validation", "validation_matched")  # parts of hub datasets, the first that has labels
 SPLIT_SEED = 20_170  # the held-out part is public and the same for every run, whatever the run's own seed
 
 
@@ -196,9 +197,15 @@ def _read_hub(source: str) -> _Parts:
         ) from error
     if "train" not in parts:
         raise UserError(f"{source}: no part named train; it has {', '.join(parts)}")
-    test = next((part for part in ("test", "validation") if part in parts), None)
+    test = next((part for part in HELD_OUT if part in parts and not _unlabelled(parts[part])), None)
     columns = [_hub_columns(parts[part]) if part else None for part in ("train", test)]
     return _Parts(columns[0], columns[1], source)
+
+
+def _unlabelled(part) -> bool:
+    """Whether a part of a hub dataset has classes but tells none, as the test parts of GLUE: there every number is -1."""
+    classes = [name for name, feature in part.features.items() if hasattr(feature, "int2str")]
+    return any(all(i is None or i < 0 for i in part[name]) for name in classes)
 
 
 def _hub_columns(part) -> Columns:

@@ -24,7 +24,7 @@ def checkout(tmp_path):
     (tmp_path / "scripts" / "setup.sh").write_text("")
     stand_ins = {
         "python": f'PYTHONPATH={shlex.quote(str(ROOT))} OMP_NUM_THREADS=1 exec {shlex.quote(sys.executable)} "$@"',
-        "fedllm": 'printf "%s\\n" "$*" >> calls',
+        "fedllm": "IFS=$'\\t'; printf '%s\\n' \"$*\" >> calls",
     }
     for name, line in stand_ins.items():
         path = tmp_path / ".venv" / "bin" / name
@@ -70,14 +70,19 @@ def test_wrong_options(checkout):
         assert done.returncode == 2 and "unknown option --frob" in done.stderr
 
 
+def trained(folder):
+    """Configs of the runs that a script has begun."""
+    calls = [line.split("\t") for line in (folder / "calls").read_text().splitlines()]
+    return [load_config(folder / call[1], call[2:]) for call in calls if call[0] == "train"]
+
+
 @pytest.mark.parametrize("paper", PAPERS)
 def test_the_papers_runs_have_configs_that_hold_together(checkout, tmp_path, paper):
     done = checkout(f"reproduce_{paper}.sh", "--quick")
     assert done.returncode == 0, done.stderr
-    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
-    configs = [load_config(tmp_path / call[1], call[2:]) for call in calls if call[0] == "train"]
+    configs = trained(tmp_path)
     folders = [config.output_dir for config in configs]
-    assert len(set(folders)) == len(calls) >= 3 and all(folder.startswith(f"runs/reproduce/{paper}-quick/") for folder in folders)
+    assert len(set(folders)) == len(configs) >= 3 and all(folder.startswith(f"runs/reproduce/{paper}-quick/") for folder in folders)
     if paper == "ew_tune":
         edgeworth, prv = configs[:2]
         assert edgeworth.privacy.target.epsilon > prv.privacy.target.epsilon == 8
@@ -85,6 +90,32 @@ def test_the_papers_runs_have_configs_that_hold_together(checkout, tmp_path, pap
         assert {"fedit", f"{paper}:published"} <= {config.method for config in configs}
         assert any(config.method == paper for config in configs)
     assert done.stdout.strip().endswith("no finished run yet")
+
+
+@pytest.mark.parametrize(
+    ("paper", "names"),
+    [
+        ("dr_encoder", ("llama-7b", "qwen-7b")),
+        ("cg_fedllm", ("llama-7b", "qwen-7b")),
+        ("dp_lora", ("llama-7b", "llama-7b-finance", "llama-7b-medical", "qwen-7b")),
+        ("dp_fedlora", ("llama-7b", "qwen-7b")),
+        ("ew_tune", ("sst2",)),
+    ],
+)
+def test_full_reaches_every_model_and_text_of_the_paper(checkout, tmp_path, paper, names):
+    done = checkout(f"reproduce_{paper}.sh", "--full", *(("--only", "sst2") if paper == "ew_tune" else ()))
+    assert done.returncode == 0, done.stderr
+    configs = trained(tmp_path)
+    for name in names:
+        mine = [config for config in configs if config.output_dir.startswith(f"runs/reproduce/{paper}-full/{name}/")]
+        assert len(mine) >= 3 and len({config.output_dir for config in mine}) == len(mine)
+        assert len({(config.model.name, config.task.source) for config in mine}) == 1
+    assert len({(config.model.name, config.task.source) for config in configs}) == len(names)
+
+
+def test_full_knows_what_it_can_do_alone(checkout):
+    done = checkout("reproduce_ew_tune.sh", "--full", "--only", "cola")
+    assert done.returncode == 2 and "--only cola: expected one of sst2 qnli qqp mnli" in done.stderr
 
 
 @pytest.fixture

@@ -171,6 +171,20 @@ def test_a_hub_dataset_brings_its_parts_and_class_names(monkeypatch):
     assert len(data.test) == 4
 
 
+def test_a_hub_part_that_tells_no_classes_is_not_the_held_out_one(monkeypatch):
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+
+    def part(labels):
+        return datasets.Dataset.from_dict({"text": [f"{labels[0]} {i}" for i in range(len(labels))], "label": labels}, features=features)
+
+    parts = {"train": part([0, 1, 0]), "validation_matched": part([1, 0]), "test": part([-1, -1, -1])}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(parts))
+    data = load("owner/glue:mnli", eval_examples=9)
+    assert sorted(data.test.texts) == ["1 0", "1 1"] and len(data.train) == 3
+
+
 def test_a_name_that_is_nowhere_names_the_assets(monkeypatch):
     import datasets
 
