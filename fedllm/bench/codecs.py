@@ -19,6 +19,7 @@ from dr_encoder.moments import moments_to_std, unit_moments
 from dr_encoder.priors import GaussianPrior, factor_rms, from_moments
 from dr_encoder.quantize import dtype_of
 from fedllm import priors, public
+from fedllm.bench.memory import TensorPeak
 from fedllm.bench.scores import Cohorts, Score, add, add_oracle, stored_bytes
 from fedllm.combinations import REAL, ROW_PARTS, ROWS, priors_of
 from fedllm.errors import UserError
@@ -45,6 +46,8 @@ class Candidate:
     score: Score = field(default_factory=Score)
     past: priors.Past = field(default_factory=priors.Past)
     codec: Codec | None = None
+    oracle: Score = field(default_factory=Score)  # at this code's size
+    working_bytes: int | None = None
     failed: str | None = None
 
 
@@ -89,17 +92,16 @@ def bench(
     ]
     if not candidates:
         raise UserError("--codecs, --priors: expected at least one codec with a prior that it can use")
-    oracle = {size: Score() for size in sizes}
     for number in range(rounds):
         with phase(f"round {number + 1} of {rounds}: updates of {2 * half + others} clients and public gradients"):
             cohorts = collect(setting, config, rng, half, others)
             rows = public.gradients(setting, config, public_seed("0" * 16, config), number)
         cohorts = dataclasses.replace(cohorts, weights=adam_weights(layout, rows))
-        add_oracle(oracle, cohorts)
         with phase(f"round {number + 1} of {rounds}: {len(candidates)} codecs", total=len(candidates)) as advance:
             for candidate in candidates:
                 step(candidate, config, layout, cohorts, rows, noise, per_unit, number, rng)
                 advance(1)
+        add_oracle([(each.oracle, each.codec.code_size) for each in candidates if each.failed is None], cohorts)
         mean = torch.cat([cohorts.first, cohorts.second, cohorts.others]).mean(0)
         setting.engine.load(optimizer.step(mean))
     epsilon = config.privacy.target.epsilon if config.privacy.enabled else None
@@ -110,7 +112,7 @@ def bench(
         "task": config.task.source,
         "parameters": layout.size,
         "rounds": rounds,
-        "rows": [row(candidate, config, layout, oracle, noise, epsilon) for candidate in candidates],
+        "rows": [row(candidate, config, layout, noise, epsilon) for candidate in candidates],
         "failed": [
             {"codec": each.family, "prior": each.prior, "code_size": each.size, "reason": each.failed} for each in candidates if each.failed
         ],
@@ -187,6 +189,11 @@ def step(
             candidate.failed = str(error)
             return
         candidate.score.fit_seconds += time.perf_counter() - begun
+        if candidate.working_bytes is None:  # counting takes time of its own; what is held follows from no number of steps
+            with TensorPeak() as held:
+                again = CODECS[candidate.family].fit(prior, layout, candidate.size, noise / expected, number, **(options | {"steps": 2}))
+                again.decode(again.encode(cohorts.first[:1])[0], noise / expected if again.summable else 0.0)
+            candidate.working_bytes = max(0, held.peak - stored_bytes(candidate.codec))
     codec, clip = candidate.codec, 0.0
     if noise and codec.summable:
         clip = public.clip_norm(rows, codec.encode, config, per_unit)
@@ -208,13 +215,13 @@ def prior_of(candidate: Candidate, config: Config, layout: AdapterLayout, cohort
 
 
 def row(
-    candidate: Candidate, config: Config, layout: AdapterLayout, oracle: dict[int, Score], noise: float, epsilon: float | None
+    candidate: Candidate, config: Config, layout: AdapterLayout, noise: float, epsilon: float | None
 ) -> dict[str, Any]:
     """One candidate as the contract names its figures."""
     size = candidate.size if candidate.codec is None else candidate.codec.code_size
     bits = config.codec.bits if candidate.codec is not None and candidate.codec.summable and noise else 32
     sent = None if size is None else message_bytes(size, bits, config.federation.clients)
-    known = oracle[candidate.size].row() if candidate.size in oracle else {}
+    known = candidate.oracle.row()
     return {
         "codec": candidate.family,
         "prior": candidate.prior,
@@ -227,6 +234,7 @@ def row(
         "noise_multiplier": noise,
         "message_bytes": sent,
         "memory_bytes": None if candidate.codec is None else stored_bytes(candidate.codec),
+        "working_bytes": candidate.working_bytes,
     }
 
 

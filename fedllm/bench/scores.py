@@ -12,6 +12,7 @@ what a step gains: Adam moves small factors as far as large ones, so what is los
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,14 +112,19 @@ def add(score: Score, codec: Codec, cohorts: Cohorts, noise_std: float, rng: np.
     return noisy
 
 
-def add_oracle(scores: dict[int, Score], cohorts: Cohorts) -> None:
-    """The same of the oracle at every size: the principal subspace of other clients' true updates of this very round."""
-    most = min(max(scores), len(cohorts.others))
+def add_oracle(scores: Sequence[tuple[Score, int]], cohorts: Cohorts) -> None:
+    """The same of the oracle at the size of each score: the principal subspace of other clients' true updates of this very round.
+
+    It has no more directions than `others`: a longer code is compared with all of them.
+    """
+    if not scores:
+        return
+    most = min(max(size for _, size in scores), len(cohorts.others))
     u1, u2 = cohorts.first.mean(0), cohorts.second.mean(0)
     kept = _along(cohorts.others, u1, u2, most)
     root = None if cohorts.weights is None else cohorts.weights.sqrt()
     adam_kept = kept if root is None else _along(cohorts.others * root, u1 * root, u2 * root, most)
-    for size, score in scores.items():
+    for score, size in scores:
         score.signal += cohorts.signal
         score.signal_kept += float(kept[min(size, most) - 1])
         score.adam_signal += dot(u1, u2, cohorts.weights)

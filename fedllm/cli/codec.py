@@ -55,7 +55,7 @@ def bench(
     if as_json:
         print_json(found)
         return
-    header = ("codec", "prior", "numbers", "signal, oracle's", "for Adam", "of a mean, single", "error, for Adam", "message", "stored")
+    header = ("codec", "prior", "numbers", "signal, oracle's", "for Adam", "of a mean, single", "error, for Adam", "message", "stored, working")
     header += ("fit", "en + decode")
     rows = [_cells(row) for row in found["rows"] if row["encode_seconds"] is not None]
     failed = [f"{each['codec']}, {each['prior']}, {each['code_size']}: {each['reason']}" for each in found["failed"]]
@@ -94,7 +94,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{percent_text(row['kept_energy_mean'])}, {percent_text(row['kept_energy_single'])}",
         ", ".join("-" if error is None else f"{error:.3f}" for error in (row["total_error"], row["total_error_adam"])),
         bytes_text(row["message_bytes"]),
-        bytes_text(row["memory_bytes"]),
+        f"{bytes_text(row['memory_bytes'])}, {bytes_text(row['working_bytes'])}",
         seconds_text(row["fit_seconds"]),
         seconds_text(row["encode_seconds"] + row["decode_seconds"]),
     ]

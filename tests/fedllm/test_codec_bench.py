@@ -12,6 +12,7 @@ from dr_encoder.codecs import CODECS
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import from_public_gradients
 from fedllm import cli
+from fedllm.bench.memory import TensorPeak
 from fedllm.bench.scores import Cohorts, Score, add, add_oracle
 from fedllm.config import load_config
 from fedllm.errors import UserError
@@ -24,7 +25,7 @@ ROW_KEYS = {
     "codec", "prior", "cost", "code_size", "compression_ratio", "signal_energy", "kept_energy_mean", "kept_energy_single",
     "oracle_signal_energy", "signal_energy_adam", "oracle_signal_energy_adam", "total_error_adam",
     "epsilon", "noise_multiplier", "total_error", "message_bytes", "fit_seconds", "encode_seconds",
-    "decode_seconds", "memory_bytes",
+    "decode_seconds", "memory_bytes", "working_bytes",
 }  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def test_adams_metric_weighs_coordinates(cohorts):
     assert one["total_error_adam"] == pytest.approx(0.5, abs=0.1)
     assert scored(fitted(larger, 1), cohorts)["signal_energy_adam"] == scored(fitted(larger, 1), cohorts)["signal_energy"]
     oracle = {2: Score()}
-    add_oracle(oracle, weighed)
+    add_oracle([(score, size) for size, score in oracle.items()], weighed)
     assert oracle[2].row()["signal_energy_adam"] == pytest.approx(1.0, abs=0.01)
     assert oracle[2].row()["signal_energy"] < 0.9  # white noise of every coordinate hides it there
 
@@ -99,9 +100,23 @@ def test_the_oracle_finds_the_signal_in_other_clients(cohorts):
     parts = (cohorts.first, cohorts.second, cohorts.others)
     strong = Cohorts(*(10 * torch.outer(torch.ones(UNITS), cohorts.first.new_ones(N)) + part for part in parts))
     oracle = {1: Score(), 8: Score()}
-    add_oracle(oracle, strong)
+    add_oracle([(score, size) for size, score in oracle.items()], strong)
     assert oracle[1].row()["signal_energy"] == pytest.approx(1.0, abs=0.01)
     assert oracle[8].row()["signal_energy"] >= oracle[1].row()["signal_energy"] - 0.01
+
+
+def test_working_memory_is_the_most_that_is_held_at_once():
+    x = torch.ones(1000)
+    with TensorPeak() as held:
+        y = x + 1
+        y.add_(1)  # in place: nothing new
+        part = y.view(10, 100)[1]  # holds y
+        del y
+        x.mul_(2)  # was there before
+        assert held.now == 4000
+        z = part * 2
+        del part
+    assert (held.peak, held.now) == (4400, 400) and len(z) == 100
 
 
 def test_the_command(tiny, tmp_path, capsys):
@@ -114,6 +129,9 @@ def test_the_command(tiny, tmp_path, capsys):
     assert {row["prior"] for row in found["rows"]} == {"none", "public", "public+released", "moments"}
     whole = next(row for row in found["rows"] if row["codec"] == "identity")
     assert whole["signal_energy"] is None or whole["signal_energy"] == pytest.approx(1.0)
+    assert all(row["working_bytes"] > 0 for row in found["rows"] if row["encode_seconds"] is not None and row["codec"] != "identity")
+    oracles = {row["codec"]: row["oracle_signal_energy"] for row in found["rows"] if row["encode_seconds"] is not None}
+    assert oracles["autoencoder"] is not None and oracles["topk"] is not None  # of families that fix their size too
     assert all(row["message_bytes"] is None or row["message_bytes"] > 0 for row in found["rows"])
     assert {(each["codec"], each["code_size"]) for each in found["failed"]} >= {("powersgd", 4), ("linear", 160)}
     assert (tmp_path / "codecs.png").read_bytes().startswith(b"\x89PNG")
