@@ -55,8 +55,8 @@ def bench(
     if as_json:
         print_json(found)
         return
-    header = ("codec", "prior", "numbers", "signal, oracle's", "for Adam", "of a mean, single", "error, for Adam", "message", "stored, working")
-    header += ("fit", "en + decode")
+    header = ("codec", "prior", "numbers", "signal, oracle's", "for Adam", "of a mean, single", "error, for Adam", "message")
+    header += ("stored, working", "fit", "en + decode")
     rows = [_cells(row) for row in found["rows"] if row["encode_seconds"] is not None]
     failed = [f"{each['codec']}, {each['prior']}, {each['code_size']}: {each['reason']}" for each in found["failed"]]
     title = f"{found['model']} on {found['task']}, {found['rounds']} rounds ({found['why_not_private']})"
