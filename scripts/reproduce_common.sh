@@ -11,11 +11,19 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --full | --quick) size=${1#--} ;;
         --report) train=no ;;
-        --only) only=${2:-}; shift ;;
+        --only)
+            [ $# -gt 1 ] || { echo "$(basename "$0"): --only: expected a name after it" >&2; exit 2; }
+            only=$2
+            shift
+            ;;
         *) echo "$(basename "$0"): unknown option $1; expected --full, --only NAME, --quick or --report" >&2; exit 2 ;;
     esac
     shift
 done
+if [ -n "$only" ] && [ "$size" != full ]; then
+    echo "$(basename "$0"): --only $only: expected with --full, which has several models or tasks" >&2
+    exit 2
+fi
 bash scripts/setup.sh
 python=.venv/bin/python
 fedllm=.venv/bin/fedllm

@@ -113,9 +113,17 @@ def test_full_reaches_every_model_and_text_of_the_paper(checkout, tmp_path, pape
     assert len({(config.model.name, config.task.source) for config in configs}) == len(names)
 
 
-def test_full_knows_what_it_can_do_alone(checkout):
-    done = checkout("reproduce_ew_tune.sh", "--full", "--only", "cola")
-    assert done.returncode == 2 and "--only cola: expected one of sst2 qnli qqp mnli" in done.stderr
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--full", "--only", "cola"], "--only cola: expected one of sst2 qnli qqp mnli"),
+        (["--only", "sst2"], "--only sst2: expected with --full"),
+        (["--full", "--only"], "--only: expected a name"),
+    ],
+)
+def test_one_model_or_task_of_full(checkout, options, says):
+    done = checkout("reproduce_ew_tune.sh", *options)
+    assert done.returncode == 2 and says in done.stderr
 
 
 @pytest.fixture
