@@ -51,6 +51,7 @@ each() {
         echo "$name"
         runs=runs/reproduce/$paper-full/$name
         done_runs=()
+        model=$name
         "$function" "$name"
         tell
     done
@@ -59,6 +60,8 @@ each() {
 # sized CONFIG [key=value ...]: the default size of this paper; --quick and --full (configs/paper/MODEL-PAPER.yaml) have their own. Papers
 # know no public text of the task's own subject and no start on it.
 plain=(task.public=newsgroups codec.public_labels=random federation.warm_start.steps=0 federation.server.schedule=constant)
+# Newswire (Reuters R8), which several papers' default size takes; four stories a client.
+newswire=(task.source=reuters-r8 federation.clients=1370 task.eval_examples=1000 task.monitor_examples=20 task.max_length=40)
 common=()
 sized() {
     config=$1

@@ -3,19 +3,16 @@
 source "$(dirname "$0")/reproduce_common.sh"
 
 runs_of() {
-    local few=(federation.clients=200 federation.expected_cohort=2 federation.rounds=10 federation.local.steps=5 federation.local.lr=0.05)
-    local average=(federation.server.optimizer=sgd federation.server.lr=1) clip=privacy.clip.norm=0.1
-    model=$1
-    sized configs/classify.yaml seed=1 task.source=reuters-r8 task.eval_examples=1000 task.monitor_examples=20 task.max_length=40 \
-        privacy.target.epsilon=25 privacy.target.delta=1e-5 codec.refresh=3
-    few+=("$clip")
-    if [ "$size" = quick ]; then few=("$clip"); fi
+    local few=(federation.clients=200 federation.expected_cohort=2 federation.rounds=10 federation.local.steps=5 federation.local.lr=0.05
+        privacy.clip.norm=0.1) average=(federation.server.optimizer=sgd federation.server.lr=1)
+    sized configs/classify.yaml seed=1 "${newswire[@]}" privacy.target.epsilon=25 privacy.target.delta=1e-5 codec.refresh=3
+    if [ "$size" = quick ]; then few=(privacy.clip.norm=0.1); fi
     if [ "$size" = full ]; then few=(); average=(); fi
     run no-privacy method=fedit ${few[@]+"${few[@]}"} ${average[@]+"${average[@]}"}
     run published method=dp_fedlora:published ${few[@]+"${few[@]}"}
     run corrected method=dp_fedlora ${few[@]+"${few[@]}"} ${average[@]+"${average[@]}"}
     if [ "$size" = default ]; then
-        run corrected-many-clients method=dp_fedlora federation.clients=1370 federation.expected_cohort=100 federation.rounds=8 federation.server.lr=5e-3
+        run corrected-many-clients method=dp_fedlora federation.expected_cohort=100 federation.rounds=8 federation.server.lr=5e-3
     fi
 }
 "$python" scripts/reproduce_dp_fedlora_privacy.py

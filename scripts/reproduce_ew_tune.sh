@@ -14,9 +14,8 @@ glue() {
 runs_of() {
     local seeds=(1 2 3 4 5) seed true_epsilon
     [ "$size" = quick ] && seeds=(1 2)
-    model=
-    sized configs/classify.yaml task.source=reuters-r8 federation.clients=1370 federation.rounds=8 federation.server.lr=5e-3 \
-        task.eval_examples=1000 task.monitor_examples=20 task.max_length=40 codec.refresh=3 federation.unit_sampling_rate=0.0730
+    sized configs/classify.yaml "${newswire[@]}" federation.rounds=8 federation.server.lr=5e-3 codec.refresh=3 \
+        federation.unit_sampling_rate=0.0730
     [ "$size" = quick ] && common+=(federation.unit_sampling_rate=0.1)
     case $1 in
         sst2) glue sst2 '"{sentence}"' 67349 ;;

@@ -214,9 +214,7 @@ def prior_of(candidate: Candidate, config: Config, layout: AdapterLayout, cohort
     return found
 
 
-def row(
-    candidate: Candidate, config: Config, layout: AdapterLayout, noise: float, epsilon: float | None
-) -> dict[str, Any]:
+def row(candidate: Candidate, config: Config, layout: AdapterLayout, noise: float, epsilon: float | None) -> dict[str, Any]:
     """One candidate as the contract names its figures."""
     size = candidate.size if candidate.codec is None else candidate.codec.code_size
     bits = config.codec.bits if candidate.codec is not None and candidate.codec.summable and noise else 32
