@@ -98,6 +98,7 @@ def check_combination(config: Config, published: bool) -> None:
     if codec.decode == "each" and "released" in codec.prior.split("+"):
         raise UserError(f"codec.decode=each: expected mean with codec.prior={codec.prior}; a prior of released codes is one of noisy means")
     check_aggregation(config)
+    check_space(config)
     if codec.decode == "each" and privacy.enabled:
         if privacy.noise != "local" or privacy.unit != "client":
             raise UserError(
@@ -203,6 +204,21 @@ def check_aggregation(config: Config) -> None:
         raise UserError(f"{where}: expected privacy.noise=local, not {config.privacy.noise}; the model depends on every message")
     if fed.aggregation == "stack" and config.lora.init == "public":
         raise UserError(f"{where}: expected lora.init=random; after each round A begins at random again")
+
+
+def check_space(config: Config) -> None:
+    """Raise UserError where the server's optimiser has no code to step along."""
+    codec, server, where = config.codec, config.federation.server, "federation.server.space=code"
+    if server.space != "code":
+        return
+    if server.optimizer != "adam":
+        raise UserError(f"{where}: expected federation.server.optimizer=adam, not {server.optimizer}; or space=update")
+    if codec.decode == "each" or not family_of(codec.family).summable or codec.family == "autoencoder":
+        raise UserError(f"{where}: expected a linear code, decoded once, not codec.family={codec.family} with codec.decode={codec.decode}")
+    if codec.prior == "moments" or config.privacy.clip.of == "state":
+        raise UserError(
+            f"{where}: expected codec.prior other than moments and privacy.clip.of=update (here {codec.prior}, {config.privacy.clip.of})"
+        )
 
 
 def check_engine(config: Config) -> None:

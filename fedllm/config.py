@@ -84,6 +84,7 @@ def check(config: Config) -> None:
     one_of("federation.partition.kind", fed.partition.kind, ("iid", "dirichlet", "column"))
     refuse_scaffold(config)
     one_of("federation.server.optimizer", fed.server.optimizer, SERVER_OPTIMIZERS)
+    one_of("federation.server.space", fed.server.space, ("update", "code"))
     one_of("federation.server.schedule", fed.server.schedule, ("constant", "linear"))
     one_of("federation.aggregation", fed.aggregation, AGGREGATIONS)
     one_of("codec.bits", codec.bits, (8, 16, 32))

@@ -22,6 +22,7 @@ from fedllm import evaluation, priors, public, real, records
 from fedllm.aggregation import AGGREGATIONS
 from fedllm.checkpoint import Checkpoints
 from fedllm.client import Encode, UnitMoments, code_of
+from fedllm.code_adam import CodeAdam
 from fedllm.codec_fit import Announcement, choose_size, fit_codec, whole
 from fedllm.errors import RunStopped
 from fedllm.mechanism import Mechanism
@@ -83,7 +84,7 @@ class Federation:
         self.sums = Sums(config, setting.partition, self.mechanism, self.run_id, stage1, stage2)
         self.noise = Noise(config.seed)
         self.transport = TRANSPORTS[transport_of(config)](setting, config, self.noise, watch)
-        self.optimizer = ServerOptimizer(self.engine.adapter(), config.federation.server)
+        self.optimizer = self.new_optimizer(self.engine.adapter())
         self.aggregation = AGGREGATIONS[config.federation.aggregation](self.engine.model, self.engine.layout, self.public_seed)
         self.codec: Codec | None = None
         self.moments: Tensor | None = None
@@ -127,7 +128,7 @@ class Federation:
                 adapter = public.warm_start(self.setting, self.config, self.public_seed, advance)
             except FloatingPointError as error:
                 raise RunStopped(f"federation.warm_start: {error}; expected a smaller lr there") from None
-            self.optimizer = ServerOptimizer(adapter, self.config.federation.server)
+            self.optimizer = self.new_optimizer(adapter)
         with self.watch.phase("evaluation"):
             return evaluation.look(self.setting, self.config, self.monitor.phase, "evaluating the model after public text")
 
@@ -192,7 +193,8 @@ class Federation:
         with self.watch.phase("server"):
             try:
                 rate = SCHEDULES[fed.server.schedule](number, fed.rounds)
-                self.engine.load(self.optimizer.step(self.aggregation.finish(update, spec.expected, number), rate))
+                along = code if self.in_code else self.aggregation.finish(update, spec.expected, number)
+                self.engine.load(self.optimizer.step(along, rate))
             except FloatingPointError as error:
                 raise RunStopped(f"round {number + 1}: {error}; the state after round {number} is kept") from None
         self.progress.rounds += 1
@@ -261,6 +263,8 @@ class Federation:
                 size = self.progress.code_size
             self.codec = fit_codec(self.config, layout, prior, size, noise_std, seed)
             self.progress.codec = self.codec.fingerprint()
+            if self.in_code:
+                self.optimizer.use(self.codec)
             self.progress.prior = f"{prior.name}:{prior.fingerprint()}" if prior is not None else "none"
             first = self.progress.clip is None
             if self.config.privacy.enabled and (first or self.config.privacy.clip.mode == "fixed"):
@@ -286,6 +290,15 @@ class Federation:
         below = noisy_fraction(float(mean[-1]) / spec.bit_weight, 1.0)
         self.progress.clip = next_clip(spec.clip, below, clip.quantile, clip.lr)
         return mean[:-1]
+
+    def new_optimizer(self, adapter: Tensor) -> ServerOptimizer | CodeAdam:
+        """The server's optimiser, which begins at an adapter [n]."""
+        return (CodeAdam if self.in_code else ServerOptimizer)(adapter, self.config.federation.server)
+
+    @property
+    def in_code(self) -> bool:
+        """Whether the server steps along codes, not along what they are decoded to."""
+        return self.config.federation.server.space == "code"
 
     @property
     def unit_examples(self) -> int:
@@ -359,15 +372,16 @@ class Federation:
         self.progress = Progress(**facts)
         for phase, seconds in self.progress.seconds.items():
             self.watch.seconds[phase] += seconds
-        self.optimizer.restore(tensors)
+        if self.progress.codec is not None:
+            self.codec = self.checkpoints.load_codec(self.progress.codec)
+        self.optimizer.restore(tensors, self.codec)
         self.aggregation.restore(tensors)
         for name, value in self.setting.fixed.items():
             value.detach().copy_(tensors[FIXED + name])
         self.engine.load(tensors["adapter"])  # last: with all that it stands on
         self.moments = tensors.get("moments")
         self.past = priors.Past.from_state(tensors)
-        if self.progress.codec is not None:
-            self.codec = self.checkpoints.load_codec(self.progress.codec)
+        if self.codec is not None:
             self.transport.restore(self.codec, tensors)
 
 

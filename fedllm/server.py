@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dr_encoder.codecs import Codec
 from dr_encoder.message import Inbox, MessageError
 from dr_encoder.quantize import dequantize, quantize
 from fedllm.privacy.clipping import clip_units
@@ -130,8 +131,8 @@ class ServerOptimizer:
             f"optimizer.{key}": value for key, value in moments.items() if isinstance(value, Tensor)
         }
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Inverse of `state`."""
+    def restore(self, tensors: dict[str, Tensor], codec: Codec | None = None) -> None:
+        """Inverse of `state`; the codec is of no use to moments of updates."""
         with torch.no_grad():
             self.adapter.copy_(tensors["adapter"])
         moments = {key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")}

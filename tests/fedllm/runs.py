@@ -16,6 +16,7 @@ SETTINGS = {
     "mixture": ["seed=5", "codec.prior=public+released+random", "codec.refresh=1", "federation.rounds=3"],
     "feedback": ["seed=5", "codec.family=topk", "codec.code_size=60", *LOSSY, "federation.rounds=3"],
     "public": ["seed=5", "codec.refresh=2", "federation.rounds=3"],
+    "code space": ["seed=5", "federation.server.space=code", "codec.refresh=1", "federation.rounds=3"],
     "memory": ["seed=5", "codec.public_memory=2", "codec.refresh=1", "federation.rounds=3"],
     "core": ["seed=5", "lora.train=core", "lora.init=public", "codec.code_size=4"],
     "stack": ["seed=5", *PRODUCTS, "federation.aggregation=stack", "federation.rounds=3"],

@@ -17,6 +17,7 @@ from fedllm.methods import METHODS
 CONFIGS = Path(__file__).parents[2] / "configs"
 EXAMPLE = ["privacy.unit=example", "federation.unit_sampling_rate=0.5"]
 PLAIN_AVERAGE = "expected federation.server.optimizer=fedavg, lr=1 and schedule=constant"
+CODE = ["federation.server.space=code"]
 PRODUCT = ["federation.server.optimizer=fedavg", "federation.server.lr=1", "privacy.noise=local"]
 USER = ["privacy.unit=user", "task.columns.user=user", "federation.unit_sampling_rate=0.5"]
 
@@ -292,6 +293,11 @@ COMBINATIONS = [
     ),
     (["method=full_noise", "task.public=null"], "privacy.clip.norm=auto: expected task.public"),
     (["method=fedit", "task.public=null", "lora.init=public"], "lora.init=public: expected task.public"),
+    (["federation.server.space=codes"], "federation.server.space=codes: expected one of update, code"),
+    ([*CODE, "federation.server.optimizer=sgd"], "federation.server.space=code: expected federation.server.optimizer=adam, not sgd"),
+    ([*CODE, "codec.family=autoencoder", "codec.code_size=null"], "federation.server.space=code: expected a linear code, decoded once"),
+    ([*CODE, "codec.decode=each", "privacy.noise=local"], "federation.server.space=code: expected a linear code, decoded once"),
+    ([*CODE, "codec.prior=moments"], "federation.server.space=code: expected codec.prior other than moments"),
     ([*PRODUCT, "federation.aggregation=stack", "lora.init=public"], "federation.aggregation=stack: expected lora.init=random"),
     ([*PRODUCT, "federation.aggregation=stack", "lora.train=b"], "federation.aggregation=stack: expected lora.train=both, not b"),
     ([*PRODUCT, "federation.aggregation=residual", "lora.train=core"], "federation.aggregation=residual: expected lora.train=both"),

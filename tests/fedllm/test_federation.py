@@ -120,6 +120,9 @@ MODES = {
     "residual": [*PRODUCTS, "federation.aggregation=residual", "codec.bits=32"],
     "proximal, yogi": ["federation.local.steps=2", "federation.local.prox=0.1", "federation.server.optimizer=fedyogi"],
     "text": ["task.kind=text", "federation.server.optimizer=sgd"],
+    "code space": ["federation.server.space=code", "codec.refresh=1"],
+    "code space, chain": ["federation.server.space=code", "codec.family=chain", "codec.refresh=1"],
+    "code space, examples": ["federation.server.space=code", *EXAMPLES],
     "dirichlet": ["federation.partition.kind=dirichlet", "federation.partition.alpha=0.3"],
 }
 
