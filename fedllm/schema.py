@@ -76,7 +76,8 @@ class ServerConfig:
     momentum: float = 0.9
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     tau: float = 1e-8  # adaptive ones: added to the root of the second moment; Reddi et al. take 1e-3 for weight deltas
-    space: str = "update"  # update | code (adam in the code's coordinates: code_adam.py; codec.shrink then has no say)
+    # update | code: Adam's moments are of the numbers of a linear code (code_adam.py), and codec.shrink has no say; of updates elsewhere.
+    space: str = "update"
     schedule: str = "constant"  # constant | linear (down to lr / rounds in the last round)
 
 
