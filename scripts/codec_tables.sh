@@ -34,7 +34,7 @@ for asked in "$@"; do
         *) echo "codec_tables: unknown task $only; expected movie-reviews, newsgroups, reuters-r8 or drug-reviews" >&2; exit 2 ;;
     esac
     case "$model" in
-        minilm-l6) config=configs/classify.yaml sizes=16,32,64,128,256,1164 ;;  # the last: 1/64
+        minilm-l6) config=configs/classify_chain.yaml sizes=16,32,64,128,256,1164 ;;  # the last: 1/64
         smollm2-135m) config=configs/quickstart.yaml sizes=16,32,64,128,256,7200 ;;
         *) echo "codec_tables: unknown model $model; expected minilm-l6 or smollm2-135m" >&2; exit 2 ;;
     esac

@@ -3,7 +3,7 @@
 source "$(dirname "$0")/reproduce_common.sh"
 
 runs_of() {
-    sized configs/classify.yaml seed=1 "${newswire[@]}" federation.expected_cohort=50 federation.rounds=20 federation.server.lr=1e-2
+    sized configs/classify_chain.yaml seed=1 "${newswire[@]}" federation.expected_cohort=50 federation.rounds=20 federation.server.lr=1e-2
     run no-privacy method=fedit
     run published-no-noise method=cg_fedllm:published codec.fit_at=server privacy.enabled=false
     run published method=cg_fedllm:published codec.fit_at=server

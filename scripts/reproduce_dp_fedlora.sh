@@ -5,7 +5,7 @@ source "$(dirname "$0")/reproduce_common.sh"
 runs_of() {
     local few=(federation.clients=200 federation.expected_cohort=2 federation.rounds=10 federation.local.steps=5 federation.local.lr=0.05
         privacy.clip.norm=0.1) average=(federation.server.optimizer=sgd federation.server.lr=1)
-    sized configs/classify.yaml seed=1 "${newswire[@]}" privacy.target.epsilon=25 privacy.target.delta=1e-5 codec.refresh=3
+    sized configs/classify_chain.yaml seed=1 "${newswire[@]}" privacy.target.epsilon=25 privacy.target.delta=1e-5 codec.refresh=3
     if [ "$size" = quick ]; then few=(privacy.clip.norm=0.1); fi
     if [ "$size" = full ]; then few=(); average=(); fi
     run no-privacy method=fedit ${few[@]+"${few[@]}"} ${average[@]+"${average[@]}"}

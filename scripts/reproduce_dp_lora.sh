@@ -7,7 +7,7 @@ runs_of() {
     local five=(federation.clients=5 federation.expected_cohort=5) columns='task.columns.text="{instruction}\n\n{input}\n\n{output}"'
     model=${1%-finance}
     model=${model%-medical}
-    sized configs/classify.yaml seed=1 task.source=drug-reviews task.eval_examples=379 task.monitor_examples=20 task.max_length=40 \
+    sized configs/classify_chain.yaml seed=1 task.source=drug-reviews task.eval_examples=379 task.monitor_examples=20 task.max_length=40 \
         federation.rounds=10 federation.server.lr=3e-3 privacy.target.epsilon=2 codec.refresh=3
     [ "$size" = full ] && five=()
     # Which texts of these domains the paper trains on is not published in a form to fetch: both sources are our choice.

@@ -3,7 +3,7 @@
 source "$(dirname "$0")/reproduce_common.sh"
 
 runs_of() {
-    sized configs/classify.yaml seed=1 "${newswire[@]}" federation.expected_cohort=50 federation.rounds=20 federation.server.lr=1e-2
+    sized configs/classify_chain.yaml seed=1 "${newswire[@]}" federation.expected_cohort=50 federation.rounds=20 federation.server.lr=1e-2
     run no-privacy method=fedit
     run published method=dr_encoder:published codec.fit_at=server
     run corrected-autoencoder codec.family=autoencoder codec.code_size=null codec.prior=moments codec.fit_at=server

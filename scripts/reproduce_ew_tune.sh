@@ -5,7 +5,7 @@ source "$(dirname "$0")/reproduce_common.sh"
 
 # glue TASK TEXT EXAMPLES: RoBERTa-base, clip 10, batches of 2000, 20 epochs
 glue() {
-    config=configs/classify.yaml
+    config=configs/classify_chain.yaml
     common=("${plain[@]}" model.name=FacebookAI/roberta-base "task.source=nyu-mll/glue:$1" "task.columns.text=$2" privacy.clip.norm=10
         privacy.target.delta=1e-5 federation.server.lr=5e-4 "federation.rounds=$((20 * ($3 / 2000)))"
         "federation.unit_sampling_rate=$(awk "BEGIN {print 2000 / $3}")")
@@ -14,7 +14,7 @@ glue() {
 runs_of() {
     local seeds=(1 2 3 4 5) seed true_epsilon
     [ "$size" = quick ] && seeds=(1 2)
-    sized configs/classify.yaml "${newswire[@]}" federation.rounds=8 federation.server.lr=5e-3 codec.refresh=3 \
+    sized configs/classify_chain.yaml "${newswire[@]}" federation.rounds=8 federation.server.lr=5e-3 codec.refresh=3 \
         federation.unit_sampling_rate=0.0730
     [ "$size" = quick ] && common+=(federation.unit_sampling_rate=0.1)
     case $1 in

@@ -31,7 +31,7 @@ MOST = 4  # snippets of a user
 OUT = Path("runs/user-or-example")
 DELTA = 1e-4
 SETTINGS = {
-    "config": "configs/classify.yaml",
+    "config": "configs/classify_chain.yaml",
     "common": ["model.dtype=bfloat16", "task.eval_examples=1000", "task.monitor_examples=20", "task.max_length=40", "federation.clients=10",
                "federation.rounds=8", "federation.warm_start.steps=30", "federation.server.lr=0.02"],
     "rounds": 8, "rate": 0.0418, "seeds": [1, 2, 3],
