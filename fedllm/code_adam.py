@@ -89,4 +89,4 @@ def change_of_basis(old: Codec, new: Codec) -> Tensor:
             f"(here {new.code_size:,}), whose change of basis is too large; or space=update"
         )
     pieces = torch.eye(old.code_size).split(64)
-    return torch.cat([new.encode(torch.stack([old.decode(row) for row in piece])) for piece in pieces]).T
+    return torch.cat([new.encode(old.decode_rows(piece)) for piece in pieces]).T

@@ -58,6 +58,10 @@ class Codec:
         """Mean code [k], with noise of `noise_std` in each coordinate, -> update [n]. One update's code where not `summable`."""
         raise NotImplementedError
 
+    def decode_rows(self, codes: Tensor) -> Tensor:
+        """Codes [rows, k] without noise, each decoded by itself -> updates [rows, n]."""
+        return torch.stack([self.decode(code) for code in codes])
+
     def metric(self, updates: Tensor) -> Tensor:
         """Updates [units, n] -> the same in the coordinates in which the code is an orthonormal projection, where there are any."""
         return updates

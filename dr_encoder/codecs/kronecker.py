@@ -25,6 +25,7 @@ from dr_encoder.layout import AdapterLayout, Factor
 from dr_encoder.priors import GaussianPrior
 
 MAX_COLUMNS = 256
+KEPT = 2**24  # most numbers of the bases that a fit keeps, 64 MiB
 _EXACT = 512  # sides with more samples than this are found by subspace iteration: a full eigendecomposition takes seconds a factor
 _OVERSAMPLING = 32
 _ITERATIONS = 2
@@ -99,8 +100,15 @@ class KroneckerCodec(Codec):
         prior = require_prior(prior, cls.name)
         if prior.structure == "diagonal":
             return CoordinateCodec.fit(prior, layout, code_size, noise_std, seed)
-        # The bases are made twice, first for the variances, then for the columns that are used: all of them at once would not fit.
-        grids = [_variances(prior.rows, factor, max_columns, seed) for factor in layout.factors]
+        # For a large update the bases are made twice, first for the variances, then for the columns that are used: all of them at once
+        # would not fit. Those of a small one are kept.
+        grids, kept, room = [], {}, KEPT
+        for factor in layout.factors:
+            grid, bases = _variances(prior.rows, factor, max_columns, seed)
+            grids.append(grid)
+            room -= sum(basis.numel() for basis in bases)
+            if room >= 0:
+                kept[factor.offset] = bases
         chosen = _largest(grids, code_size, len(prior.rows))
         used = [part for part in zip(layout.factors, grids, chosen, strict=True) if len(part[2])]
         matrices, vectors = [part for part in used if _is_matrix(part[0])], [part for part in used if not _is_matrix(part[0])]
@@ -119,8 +127,8 @@ class KroneckerCodec(Codec):
             layout.size,
         )
         for (factor, *_), (_, *sides, _), columns in zip(matrices, codec._parts, pairs, strict=True):
-            bases = _bases(_matrices(prior.rows, factor), max_columns, seed)
-            for side, (basis, _), wanted in zip(sides, bases, columns, strict=False):
+            bases = kept.get(factor.offset) or [basis for basis, _ in _bases(_matrices(prior.rows, factor), max_columns, seed)]
+            for side, basis, wanted in zip(sides, bases, columns, strict=False):
                 side.copy_(basis[:, wanted])
         return codec
 
@@ -144,6 +152,15 @@ class KroneckerCodec(Codec):
             matrix = torch.linalg.multi_dot([left, grid.view(block.left, block.right), right.T])
             update[block.offset : block.stop] = matrix.flatten()
         return update
+
+    def decode_rows(self, codes: Tensor) -> Tensor:
+        updates = codes.new_zeros(len(codes), self.update_size)
+        numbers, updates[:, self.coordinates] = codes.split([len(self.cells), len(self.coordinates)], 1)
+        for (block, left, right, cells), part in zip(self._parts, numbers.split([block.count for block in self.blocks], 1), strict=True):
+            grid = codes.new_zeros(len(codes), block.left * block.right)
+            grid[:, cells] = part
+            updates[:, block.offset : block.stop] = (left @ grid.view(-1, block.left, block.right) @ right.T).flatten(1)
+        return updates
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         names = ("left", "right", "cells", "coordinates", "variance")
@@ -190,18 +207,19 @@ def shrunk_variance(empirical: Tensor, product: Tensor, count: int) -> Tensor:
     return product + weight * (empirical - product)
 
 
-def _variances(rows: Tensor, factor: Factor, most: int, seed: int) -> Tensor:
-    """Estimated variance of each candidate number of a factor: a grid [a, b], or [1, size] for what is no matrix."""
+def _variances(rows: Tensor, factor: Factor, most: int, seed: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Estimated variance of each candidate number of a factor, a grid [a, b], and the bases of its sides; [1, size] for what is no matrix."""
     if not _is_matrix(factor):
-        return rows[:, factor.offset : factor.stop].square().mean(0)[None]
+        return rows[:, factor.offset : factor.stop].square().mean(0)[None], ()
     matrices = _matrices(rows, factor)
     (left, left_energy), (right, right_energy) = _bases(matrices, most, seed)
     energy = torch.linalg.vector_norm(matrices, dtype=torch.float64).square()
     if energy == 0:
-        return torch.zeros(0, 1)
+        return torch.zeros(0, 1), ()
     product = left_energy[:, None] * right_energy / (energy * len(rows))
-    numbers = left.float().T @ (matrices @ right.float())
-    return shrunk_variance(numbers.square().mean(0).double(), product, len(rows)).float()
+    left, right = left.float(), right.float()
+    numbers = left.T @ (matrices @ right)
+    return shrunk_variance(numbers.square().mean(0).double(), product, len(rows)).float(), (left, right)
 
 
 def _pairs(places: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:

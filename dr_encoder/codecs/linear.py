@@ -63,6 +63,9 @@ class LinearCodec(Codec):
     def decode(self, mean_code: Tensor, noise_std: float = 0.0) -> Tensor:
         return (mean_code * wiener_gain(mean_code, noise_std, self.variance)) @ self.basis
 
+    def decode_rows(self, codes: Tensor) -> Tensor:
+        return codes @ self.basis
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {"basis": self.basis, "variance": self.variance}, {}
 

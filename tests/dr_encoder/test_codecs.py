@@ -87,6 +87,10 @@ class TestConformance:
         decoded = [codec.decode(code) for code in (apart.mean(0), apart[0], apart[1])]
         assert torch.allclose(decoded[0], (decoded[1] + decoded[2]) / 2, rtol=1e-4, atol=1e-4)
 
+    def test_rows_decode_as_one_by_one(self, codec):
+        codes = codec.encode(rows(9, 3))
+        assert torch.allclose(codec.decode_rows(codes), torch.stack([codec.decode(code) for code in codes]), rtol=1e-5, atol=1e-6)
+
     def test_noise_is_refused_where_codes_cannot_be_summed(self, codec):
         if codec.summable:
             pytest.skip("can be summed")
