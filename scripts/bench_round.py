@@ -5,7 +5,7 @@ python scripts/bench_round.py [--cycles N] [--json] [--quick]      about 10 minu
 MiniLM with a classifier's head, 1000 clients of 4 snippets of 40 tokens, a Poisson cohort of 50. A round is `Federation.stage2_round` as a
 run does it: guard, ledger on disk, cohort, shared batches, code, clip, noise, messages packed, checked and summed, decoding, server step,
 checkpoint, TensorBoard; held-out evaluation is cut to one example, and the codec is fitted before (the first round, with its public
-gradients and the fit, stands apart). Three ways: the linear code of configs/classify_chain.yaml, no codec with noise on every message, no codec
+gradients and the fit, stands apart). Three ways: the code of configs/classify_chain.yaml, no codec with noise on every message, no codec
 with a trusted server. The pure passes take the same cohort's examples, mean loss, gradients summed, no optimiser; their batch size is
 searched first and given to the round too. All in one process in turn, the order rotating; ratios are taken cycle by cycle, their median
 stands with the 95 % interval of order statistics.

@@ -208,7 +208,7 @@ def shrunk_variance(empirical: Tensor, product: Tensor, count: int) -> Tensor:
 
 
 def _variances(rows: Tensor, factor: Factor, most: int, seed: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Estimated variance of each candidate number of a factor, a grid [a, b], and the bases of its sides; [1, size] for what is no matrix."""
+    """Estimated variance of each candidate number of a factor, a grid [a, b] ([1, size] for what is no matrix), and its sides' bases."""
     if not _is_matrix(factor):
         return rows[:, factor.offset : factor.stop].square().mean(0)[None], ()
     matrices = _matrices(rows, factor)
