@@ -14,8 +14,8 @@ glue() {
 runs_of() {
     local seeds=(1 2 3 4 5) seed true_epsilon
     [ "$size" = quick ] && seeds=(1 2)
-    sized configs/classify_chain.yaml "${newswire[@]}" federation.rounds=8 federation.server.lr=5e-3 codec.refresh=3 \
-        federation.unit_sampling_rate=0.0730
+    sized configs/classify_chain.yaml "${newswire[@]}" federation.rounds=20 federation.server.lr=3e-2 codec.refresh=0 \
+        privacy.clip.norm=0.1 federation.unit_sampling_rate=0.0365
     [ "$size" = quick ] && common+=(federation.unit_sampling_rate=0.1)
     case $1 in
         sst2) glue sst2 '"{sentence}"' 67349 ;;

@@ -133,7 +133,7 @@ def test_cells_of_the_method_grids_are_configs_tuned_on_other_text(axes, name):
     names = axes.chosen(grid, [])
     for cell in names[:: len(names) // 9]:  # of every task and most methods; a config takes a third of a second
         config = load_config(ROOT / grid["config"], [*grid["common"], *grid["variants"][cell]])
-        assert len({value for value in tuning.trials(cell)}) == 3
+        assert len(set(tuning.trials(cell))) == (0 if axes.fixes(grid["variants"][cell], "federation.server.lr") else 3)
         for _, overrides in list(tuning.trials(cell).values())[:1]:
             trial = load_config(ROOT / grid["config"], [*grid["common"], *overrides])
             assert config.task.source not in (trial.task.source, trial.task.public)
