@@ -185,7 +185,8 @@ class Federation:
         if not spec.each:
             code = self.adapt_clip(mean, spec)
             with self.watch.phase("codec"):
-                update = self.codec.decode(code, spec.mean_std if self.config.codec.shrink else 0.0)
+                if not self.in_code:
+                    update = self.codec.decode(code, spec.mean_std if self.config.codec.shrink else 0.0)
                 if "released" in self.config.codec.prior:
                     self.past.add(self.codec.decode(code), spec.mean_std, len(code))
         if self.mechanism.of_state:  # what was sent is the way from zero to the new adapter

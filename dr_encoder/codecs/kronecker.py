@@ -102,12 +102,12 @@ class KroneckerCodec(Codec):
             return CoordinateCodec.fit(prior, layout, code_size, noise_std, seed)
         # For a large update the bases are made twice, first for the variances, then for the columns that are used: all of them at once
         # would not fit. Those of a small one are kept.
-        grids, kept, room = [], {}, KEPT
+        small = sum(side * min(side, max_columns) for factor in layout.factors for side in _shape(factor)) <= KEPT
+        grids, kept = [], {}
         for factor in layout.factors:
             grid, bases = _variances(prior.rows, factor, max_columns, seed)
             grids.append(grid)
-            room -= sum(basis.numel() for basis in bases)
-            if room >= 0:
+            if small:
                 kept[factor.offset] = bases
         chosen = _largest(grids, code_size, len(prior.rows))
         used = [part for part in zip(layout.factors, grids, chosen, strict=True) if len(part[2])]

@@ -103,9 +103,8 @@ def test_bases_made_again_are_the_same_code(monkeypatch):
     layout = AdapterLayout.of([("A", torch.zeros(4, 50)), ("b", torch.zeros(6)), ("B", torch.zeros(30, 4))])
     prior = from_public_gradients(layout, torch.randn(40, layout.size, generator=seeded()))
     kept = KroneckerCodec.fit(prior, layout, 60, 0.0, 0)
-    for room in (0, 220):  # none fits, or the first factor's alone
-        monkeypatch.setattr("dr_encoder.codecs.kronecker.KEPT", room)
-        assert KroneckerCodec.fit(prior, layout, 60, 0.0, 0).fingerprint() == kept.fingerprint()
+    monkeypatch.setattr("dr_encoder.codecs.kronecker.KEPT", 0)
+    assert KroneckerCodec.fit(prior, layout, 60, 0.0, 0).fingerprint() == kept.fingerprint()
 
 
 def test_a_diagonal_prior_or_one_without_matrices_is_a_choice_of_coordinates():
