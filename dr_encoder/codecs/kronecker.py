@@ -102,7 +102,7 @@ class KroneckerCodec(Codec):
             return CoordinateCodec.fit(prior, layout, code_size, noise_std, seed)
         # For a large update the bases are made twice, first for the variances, then for the columns that are used: all of them at once
         # would not fit. Those of a small one are kept.
-        small = sum(side * min(side, max_columns) for factor in layout.factors for side in _shape(factor)) <= KEPT
+        small = sum(side * min(side, max_columns) for factor in layout.factors if _is_matrix(factor) for side in _shape(factor)) <= KEPT
         grids, kept = [], {}
         for factor in layout.factors:
             grid, bases = _variances(prior.rows, factor, max_columns, seed)
