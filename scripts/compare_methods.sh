@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every method side by side: methods x epsilon x domains, tuned by one public procedure, three seeds; a table and figures.
-#   bash scripts/compare_methods.sh             MiniLM, epsilon 3 and no privacy: 2.8 hours of one core
+#   bash scripts/compare_methods.sh             MiniLM, epsilon 3 and no privacy: four hours of one core
 #   bash scripts/compare_methods.sh --full      SmolLM2-135M, epsilon 1, 3, 8 and none, published forms too: days
 #   bash scripts/compare_methods.sh --quick     a random model of seconds, for a look at the steps
 #   ... --report                                what is there, without training
