@@ -111,7 +111,7 @@ class Runner:
             except RunStopped as stopped:
                 print(f"grid: {where}: {stopped}", file=sys.stderr, flush=True)
                 return None
-        self.keep(name, seed, results)
+            self.keep(name, seed, results)
         self.known[model] = Evaluation(results["loss_before"], results["accuracy_before"])
         return results
 
@@ -144,8 +144,9 @@ class Runner:
         """The results of a run that was trained under another name, under this one too."""
         where = self.folder(name, seed)
         where.mkdir(parents=True, exist_ok=True)
-        write_json(where / "results.json", results)
-        self.keep(name, seed, results)
+        with self.turn(where):
+            write_json(where / "results.json", results)
+            self.keep(name, seed, results)
 
     def read(self, name: str, seed: int) -> dict[str, Any] | None:
         """A finished run's results, from its folder or from what the repository carries."""

@@ -1,5 +1,6 @@
 """scripts/grid*.py: axes to variants, what is trained once for several, the public choice of a learning rate."""
 
+import json
 import sys
 import threading
 from pathlib import Path
@@ -162,6 +163,30 @@ def test_a_run_of_another_process_is_waited_for(axes, load, tmp_path, monkeypatc
         assert runner.run("one-fedit-inf", ["method=fedit"], 1)["accuracy"] == 0.5  # read after the wait, not trained
         timer.join()
     assert capsys.readouterr().err.count("waiting for it") == 1
+
+
+def test_no_two_processes_keep_the_same_results_at_once(axes, load, tmp_path, monkeypatch):
+    import fcntl
+
+    import grid
+
+    monkeypatch.chdir(tmp_path)
+    runner = grid.Runner(load(config=str(ROOT / "configs/quickstart.yaml")) | {"kept": None})
+    seen = []
+
+    def keep(name, seed, results):
+        where = runner.folder(name, seed)
+        with open(where.parent / f".{where.name}.lock", "w") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        seen.append(name)
+
+    monkeypatch.setattr(runner, "keep", keep)
+    results = {"accuracy": 0.5, "accuracy_before": 0.4, "loss_before": 1.0}
+    runner.take_over("taken", 1, results)
+    runner.folder("read", 1).mkdir(parents=True)
+    (runner.folder("read", 1) / "results.json").write_text(json.dumps(results))
+    runner.run("read", ["method=fedit"], 1)
+    assert seen == ["taken", "read"]
 
 
 def test_an_untrained_head_is_another_one_with_another_seed(axes):
