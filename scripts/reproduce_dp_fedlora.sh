@@ -12,7 +12,7 @@ runs_of() {
     run published method=dp_fedlora:published ${few[@]+"${few[@]}"}
     run corrected method=dp_fedlora ${few[@]+"${few[@]}"} ${average[@]+"${average[@]}"}
     if [ "$size" = default ]; then
-        run corrected-many-clients method=dp_fedlora federation.expected_cohort=50 federation.rounds=20 federation.server.lr=3e-2 privacy.clip.norm=0.1
+        run corrected-many-clients method=dp_fedlora federation.expected_cohort=100 federation.rounds=8 federation.server.lr=5e-3
     fi
 }
 "$python" scripts/reproduce_dp_fedlora_privacy.py
