@@ -1,8 +1,9 @@
 """Many processes, one brain: rank 0 decides and writes everything, the others wait for its word and do a share of the work.
 
 The process group is torch's (gloo for tensors in memory, NCCL for those on GPUs), found by what a launcher such as `deepspeed` or
-`torchrun` leaves in the environment. Ranks are one job of one user, who trusts them all: what they say to each other is pickled, unlike
-messages between clients and servers. Without a launcher nothing of this is imported or opened.
+`torchrun` leaves in the environment. Ranks are one job of one user. What they say to each
+other is pickled, unlike messages between clients and servers, and read back by an unpickler that knows data and this project's classes
+alone. Without a launcher nothing of this is imported or opened.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from fedllm.errors import RunStopped, UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 MEET = timedelta(minutes=2)  # for all ranks to come
@@ -293,15 +295,48 @@ def hush() -> None:
 # -- values as flat bytes ------------------------------------------------------------------------------------------------------------
 
 
+_PLAIN = {
+    ("fedllm.ranks", "_tensor"), ("numpy", "dtype"), ("numpy", "ndarray"), ("numpy._core.numeric", "_frombuffer"),
+    ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "scalar"), ("collections", "OrderedDict"),
+    *(("builtins", name) for name in ("set", "frozenset", "slice", "range", "complex", "bytearray")),
+}  # fmt: skip
+
+
+def _tensor(numbers: np.ndarray, half: bool, device: str, trained: bool | None) -> Tensor:
+    """A tensor on an array's memory. half: of bfloat16, which arrays hold as int16. trained: a Parameter's requires_grad, None of others."""
+    import torch
+
+    found = torch.from_numpy(numbers)
+    found = (found.view(torch.bfloat16) if half else found).to(device)
+    return found if trained is None else torch.nn.Parameter(found, requires_grad=trained)
+
+
 class _Pickler(pickle.Pickler):
     """Leaves the numbers of tensors where they are, as it does those of arrays."""
 
     def reducer_override(self, value: Any) -> Any:
         import torch
 
-        if type(value) is torch.Tensor and value.device.type == "cpu" and value.dtype is not torch.bfloat16:
-            return torch.from_numpy, (value.detach().contiguous().numpy(),)
+        if type(value) in (torch.Tensor, torch.nn.Parameter):
+            half = value.dtype is torch.bfloat16
+            plain = value.detach().cpu().contiguous()
+            trained = value.requires_grad if isinstance(value, torch.nn.Parameter) else None
+            return _tensor, ((plain.view(torch.int16) if half else plain).numpy(), half, str(value.device), trained)
         return NotImplemented
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows arrays, tensors, containers, exceptions and this project's own classes: bytes of anyone else's making call nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PLAIN:
+            return super().find_class(module, name)
+        if module.partition(".")[0] in ("fedllm", "dr_encoder", "builtins") and "." not in name:
+            found = super().find_class(module, name)
+            ours = module != "builtins" or (isinstance(found, type) and issubclass(found, BaseException))
+            if ours and isinstance(found, type) and found.__module__ == module:
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name}: expected arrays, tensors, containers and classes of this project between ranks")
 
 
 def pack(value: Any) -> list[Tensor]:
@@ -318,5 +353,5 @@ def pack(value: Any) -> list[Tensor]:
 
 
 def unpack(parts: Sequence[Tensor]) -> Any:
-    """Inverse of `pack`."""
-    return pickle.loads(parts[0].numpy(), buffers=[part.numpy() for part in parts[1:]])
+    """Inverse of `pack`. Raises pickle.UnpicklingError for what does not travel between ranks."""
+    return _Unpickler(io.BytesIO(parts[0].numpy()), buffers=[part.numpy() for part in parts[1:]]).load()

@@ -1,6 +1,7 @@
 """Ranks: what travels between them, who does what, and how they end."""
 
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -99,6 +100,16 @@ return 0
     assert all(other[0] == 0 and "noise" not in other[1] + other[2] for other in others)
 
 
+@pytest.mark.parametrize("what", [os.system, subprocess.Popen, eval, ranks.lost])
+def test_unpacking_calls_nothing_of_others(what):
+    class Bad:
+        def __reduce__(self):
+            return what, ("exit 0",)
+
+    with pytest.raises(pickle.UnpicklingError, match="expected arrays, tensors, containers"):
+        ranks.unpack(ranks.pack(Bad()))
+
+
 def test_packing_keeps_values_as_they_are():
     value = {"t": torch.arange(6).reshape(2, 3).T, "e": torch.empty(0), "n": np.arange(3.0), "s": slice(1, 2)}
     value["h"] = torch.ones(2, dtype=torch.bfloat16)
@@ -107,6 +118,7 @@ def test_packing_keeps_values_as_they_are():
     assert torch.equal(back["t"], value["t"]) and back["e"].shape == (0,) and back["n"].tolist() == [0, 1, 2]
     assert back["s"] == slice(1, 2) and back["h"].dtype is torch.bfloat16
     assert len(parts[0]) < 2000  # the pickle holds no numbers,
+    assert back["h"].tolist() == [1, 1]
     many = torch.zeros(1000)
     assert ranks.pack(many)[1].data_ptr() == many.data_ptr()  # and these are not copied
 
