@@ -303,7 +303,7 @@ _PLAIN = {
 
 
 def _tensor(numbers: np.ndarray, half: bool, device: str, trained: bool | None) -> Tensor:
-    """A tensor on an array's memory. half: of bfloat16, which arrays hold as int16. trained: a Parameter's requires_grad, None of others."""
+    """A tensor on an array's memory. half: of bfloat16, held as int16. trained: a Parameter's requires_grad, else None."""
     import torch
 
     found = torch.from_numpy(numbers)
