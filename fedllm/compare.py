@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.errors import UserError
-from fedllm.formats import bytes_text, claim_meaning, delta_text, epsilon_text, percent_text, seconds_text, times_text, why_text
+from fedllm.formats import bytes_text, claim_meaning, claim_text, delta_text, epsilon_text, percent_text, seconds_text, times_text, why_text
 
 Results = Mapping[str, Any]
 
@@ -154,8 +154,7 @@ def _column(results: Results, with_accuracy: bool, with_claim: bool) -> dict[str
         column["gain, points"] = "-" if after is None else f"{100 * (after - before):+.1f}"
     column |= {"loss before": f"{results['loss_before']:.3f}", "loss after": f"{results['loss']:.3f}"}
     if with_claim:
-        claimed = epsilon.get("claimed")
-        column["ε claimed"] = "-" if claimed is None else epsilon_text(claimed["epsilon"])
+        column["ε claimed"] = claim_text(epsilon.get("claimed"))
     return column | {
         "ε release": _epsilon(epsilon["release"]),
         "ε server": _epsilon(epsilon["server"]),

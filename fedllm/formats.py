@@ -59,6 +59,14 @@ def delta_text(delta: float) -> str:
     return "0" if delta == 0 else f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
+def claim_text(claimed: Mapping[str, Any] | None) -> str:
+    """A claimed epsilon and whom it is claimed against, e.g. 8.00 (release, server)."""
+    if claimed is None:
+        return "-"
+    against = ", ".join(claimed.get("against", ()))  # which runs of before do not tell
+    return epsilon_text(claimed["epsilon"]) + (f" ({against})" if against else "")
+
+
 def claim_meaning(claimed: Mapping[str, Any]) -> str:
     """What a published method's claimed epsilon is worth: its delta and how the paper gets it."""
     return f"as published, δ {delta_text(claimed['delta'])}: {claimed['statement']}"

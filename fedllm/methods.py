@@ -212,11 +212,15 @@ def apply_method(config: Config, asked: dict[str, Any] | None = None) -> Config:
 
 
 def claim_of(config: Config) -> dict[str, Any] | None:
-    """The epsilon a published method states of itself, {epsilon, delta, statement}; None where the true one is what is promised."""
+    """The epsilon a published method states of itself, {epsilon, delta, against, statement}; None where the true one is what is promised.
+
+    against: the adversaries it is stated for, who see the model (release) or every message too (server, where clients add the noise).
+    """
     statement, target = METHODS[config.method].claim, config.privacy.target
     if statement is None or not config.privacy.enabled:
         return None
-    return {"epsilon": target.epsilon, "delta": target.delta, "statement": statement}
+    against = ["release"] if config.privacy.noise == "central" else ["release", "server"]
+    return {"epsilon": target.epsilon, "delta": target.delta, "against": against, "statement": statement}
 
 
 def check_method(config: Config) -> None:

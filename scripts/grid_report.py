@@ -11,7 +11,7 @@ from typing import Any
 from grid_axes import reference_of
 from scipy.stats import t as student
 
-from fedllm.formats import bytes_text, epsilon_text
+from fedllm.formats import bytes_text, claim_text, epsilon_text
 
 Read = Callable[[str, int], dict[str, Any] | None]
 Row = dict[str, Any]
@@ -29,7 +29,7 @@ def summary(grid: dict[str, Any], name: str, read: Read) -> Row:
     first = next(iter(runs.values()))
     row |= {
         "method": row.get("method", first["method"]),
-        "epsilon_claimed": (first["epsilon"].get("claimed") or {}).get("epsilon"),
+        "claimed": first["epsilon"].get("claimed"),
         "epsilon_release": first["epsilon"]["release"]["epsilon"],
         "epsilon_server": first["epsilon"]["server"]["epsilon"],
         "uplink_bytes_per_client_round": first["uplink_bytes_per_client_round"],
@@ -92,8 +92,7 @@ def side_by_side(grid: dict[str, Any], rows: list[Row]) -> tuple[list[str], list
         if not done:
             continue
         behind = sum(bool(row.get("difference")) and row["difference"]["mean"] < 0 for row in done)
-        claimed = done[0]["epsilon_claimed"]
-        line = [method, budget, "" if claimed is None else epsilon_text(claimed), epsilon_text(done[0]["epsilon_release"])]
+        line = [method, budget, claim_text(done[0]["claimed"]), epsilon_text(done[0]["epsilon_release"])]
         line += [accuracy_cell(by_task[task]) if task in by_task else "" for task in tasks]
         found.append(line + ([f"{behind} of {len(done)}" if method != reference else ""] if reference else []))
     return header, sorted(found, key=lambda line: list(grid["axes"]["budget"]).index(line[1]))
@@ -116,11 +115,10 @@ def whole_cells(rows: list[Row], reference: str | None) -> tuple[list[str], list
             lines.append([*line, "not run"] + [""] * (len(header) - 4))
             continue
         accuracy, loss = (sum(row[key]) / len(row[key]) for key in ("accuracy", "loss"))
-        claimed = row["epsilon_claimed"]
         lines.append(
             [
                 *line,
-                "" if claimed is None else epsilon_text(claimed),
+                claim_text(row["claimed"]),
                 epsilon_text(row["epsilon_release"]),
                 epsilon_text(row["epsilon_server"]),
                 f"{100 * accuracy:.2f} ({', '.join(f'{100 * value:.2f}' for value in row['accuracy'])})",

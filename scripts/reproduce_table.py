@@ -18,7 +18,7 @@ from grid_report import interval, table, with_interval
 
 from fedllm.compare import load_results
 from fedllm.errors import UserError
-from fedllm.formats import bytes_text, epsilon_text, times_text
+from fedllm.formats import bytes_text, claim_text, epsilon_text, times_text
 
 Runs = dict[str, dict[str, Any]]
 
@@ -86,7 +86,7 @@ def runs_table(runs: Runs) -> str:
             [
                 name,
                 run["method"],
-                "" if claimed is None else epsilon_text(claimed["epsilon"]),
+                claim_text(claimed),
                 epsilon_text(epsilon["release"]["epsilon"]),
                 epsilon_text(epsilon["server"]["epsilon"]),
                 percent(run["accuracy_before"]),
@@ -128,8 +128,7 @@ def epsilons(name: str) -> Callable[[Runs], str]:
         epsilon = runs[name]["epsilon"]
         release, server = (epsilon_text(epsilon[side]["epsilon"]) for side in ("release", "server"))
         reason = epsilon["release"].get("reason")
-        claimed = (epsilon.get("claimed") or {}).get("epsilon")
-        return f"claimed {epsilon_text(claimed)}; true: release {release}{f' ({reason})' if reason else ''}, server {server}"
+        return f"claimed {claim_text(epsilon.get('claimed'))}; true: release {release}{f' ({reason})' if reason else ''}, server {server}"
 
     return found
 

@@ -10,7 +10,7 @@ import typer
 
 from fedllm.cli.output import JsonFlag, print_json, print_table, stdout_for_result
 from fedllm.errors import UserError
-from fedllm.formats import bytes_text, epsilon_text, times_text
+from fedllm.formats import bytes_text, claim_text, epsilon_text, times_text
 
 Row = tuple[str, str, str]
 
@@ -127,7 +127,7 @@ def _privacy(found: dict[str, Any]) -> list[Row]:
         lines.append((f"ε, {adversary} adversary", epsilon_text(answer["epsilon"]), meaning))
     if privacy["claimed"]:
         claim = privacy["claimed"]
-        lines.append(("ε, claimed", epsilon_text(claim["epsilon"]), f"by the paper at delta {claim['delta']:g}: {claim['statement']}"))
+        lines.append(("ε, claimed", claim_text(claim), f"by the paper at delta {claim['delta']:g}: {claim['statement']}"))
     if not privacy["private"]:
         lines.append(("private", f"no: {', '.join(privacy['why_not_private'])}", "no epsilon of this run is a promise"))
     return lines

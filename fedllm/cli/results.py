@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedllm.compare import epsilon_meaning, overhead
-from fedllm.formats import bytes_text, claim_meaning, epsilon_text, percent_text, seconds_text, times_text, why_text
+from fedllm.formats import bytes_text, claim_meaning, claim_text, epsilon_text, percent_text, seconds_text, times_text, why_text
 
 Row = tuple[str, str, str]
 
@@ -69,7 +69,7 @@ def _privacy(results: Mapping[str, Any]) -> list[Row]:
         meaning = epsilon_meaning(epsilon, adversary) if answer["epsilon"] is not None else answer["reason"]
         rows.append((f"ε, {adversary} adversary", epsilon_text(answer["epsilon"]), meaning))
     if epsilon.get("claimed") is not None:
-        rows.append(("ε, claimed", epsilon_text(epsilon["claimed"]["epsilon"]), claim_meaning(epsilon["claimed"])))
+        rows.append(("ε, claimed", claim_text(epsilon["claimed"]), claim_meaning(epsilon["claimed"])))
     if not epsilon["private"]:
         rows.append(("private", f"no: {why_text(epsilon['why_not_private'])}", "no epsilon of this run is a promise"))
     return rows

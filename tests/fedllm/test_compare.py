@@ -50,10 +50,11 @@ def test_markdown(folders):
 
 def test_a_claim_stands_beside_the_truth(fake_results, run_folder, folders):
     claiming = fake_results("dp_lora:published", epsilon=34.6, why=["published: claims 8.00, true is 34.60 (release), 900 (server)"])
-    claiming["epsilon"]["claimed"] = {"epsilon": 8.0, "delta": 1e-4, "statement": "sigma = C sqrt(2 ln(1.25/delta))/epsilon"}
+    said = "sigma = C sqrt(2 ln(1.25/delta))/epsilon"
+    claiming["epsilon"]["claimed"] = {"epsilon": 8.0, "delta": 1e-4, "against": ["release"], "statement": said}
     text = compare.markdown(compare.load_runs([folders[0], run_folder("published", claiming)]))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert ["ε claimed", "-", "8.00"] in rows and ["ε release", "8.00", "34.60"] in rows
+    assert ["ε claimed", "-", "8.00 (release)"] in rows and ["ε release", "8.00", "34.60"] in rows
     assert ["private", "yes", "no: published: claims 8.00, true is 34.60 (release), 900 (server)"] in rows
     assert "ε claimed by dp_lora:published: as published, δ 1e-4: sigma = C sqrt(2 ln(1.25/delta))/epsilon." in text
     assert "claimed" not in compare.markdown(compare.load_runs(folders[:1]))

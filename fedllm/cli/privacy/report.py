@@ -12,7 +12,7 @@ import typer
 
 from fedllm.cli.output import JsonFlag, expect_run, print_json, print_table
 from fedllm.errors import UserError
-from fedllm.formats import claim_meaning, delta_text, epsilon_text
+from fedllm.formats import claim_meaning, claim_text, delta_text, epsilon_text
 
 PLOT_NAME = "epsilon.png"
 
@@ -142,7 +142,7 @@ def report_rows(report: dict[str, Any]) -> list[list[str] | None]:
     for adversary in ("release", "server"):
         rows.append([f"{adversary} adversary", epsilon_text(report[adversary]["epsilon"]), _meaning(report[adversary])])
     if report["claimed"] is not None:
-        rows.append(["claimed", epsilon_text(report["claimed"]["epsilon"]), claim_meaning(report["claimed"])])
+        rows.append(["claimed", claim_text(report["claimed"]), claim_meaning(report["claimed"])])
     if len(report["stages"]) > 1:
         for stage in report["stages"]:
             figures = f"release; server {epsilon_text(stage['server']['epsilon'])}"
