@@ -184,7 +184,7 @@ def code_of(config: Config, layout: AdapterLayout) -> Code:
         size, stored = codec.code_size, sum(tensor.nbytes for tensor in codec.state()[0].values())
     else:
         raise UserError(f"codec.family={family}: cannot be planned; expected one of {', '.join(sorted(memory.STORED))}")
-    working = memory.FITTING.get(family, lambda *_: 0)(stored, n, public_rows(config), max(p * q for p, q in factors))
+    working = memory.FITTING.get(family, lambda *_: 0)(stored, n, public_rows(config), factors)
     return Code(size, stored, stored + derived, working)
 
 

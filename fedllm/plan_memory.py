@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dr_encoder.codecs.kronecker import KEPT as KRONECKER_KEPT
 from dr_encoder.codecs.kronecker import MAX_COLUMNS as KRONECKER_COLUMNS
 from fedllm.errors import UserError
 
@@ -199,12 +200,12 @@ STORED: dict[str, Stored] = {
     "allocation": lambda n, k, factors: 2 * FLOAT * n,
     "kronecker": lambda n, k, factors: _kronecker(k, factors),
 }
-# The same: bytes on top while it is fitted, beside the rows it is fitted to; measured. (stored, n, rows, largest factor) -> bytes.
-FITTING: dict[str, Callable[[int, int, int, int], int]] = {
-    "linear": lambda stored, n, rows, largest: 2 * stored,
-    "chain": lambda stored, n, rows, largest: 2 * stored,
-    "kronecker": lambda stored, n, rows, largest: 5 * FLOAT * rows * largest,
-    "autoencoder": lambda stored, n, rows, largest: 50 * FLOAT * n,
+# The same: bytes on top while it is fitted, beside the rows it is fitted to; measured. (stored, n, rows, factors) -> bytes.
+FITTING: dict[str, Callable[[int, int, int, list[tuple[int, int]]], int]] = {
+    "linear": lambda stored, n, rows, factors: 2 * stored,
+    "chain": lambda stored, n, rows, factors: 2 * stored,
+    "kronecker": lambda stored, n, rows, factors: 5 * FLOAT * rows * max(p * q for p, q in factors) + _bases(factors),
+    "autoencoder": lambda stored, n, rows, factors: 50 * FLOAT * n,
 }
 
 
@@ -213,6 +214,12 @@ def _kronecker(k: int, factors: list[tuple[int, int]]) -> int:
     each = -(-k // len(factors))
     columns = sum(p * min(p, each, KRONECKER_COLUMNS) + q * min(q, each, KRONECKER_COLUMNS) for p, q in factors)
     return FLOAT * (columns + 2 * k)
+
+
+def _bases(factors: list[tuple[int, int]]) -> int:
+    """Those of both sides of a factor, which kronecker's fit keeps of all where they are small together, else of one while it is made."""
+    sizes = [sum(side * min(side, KRONECKER_COLUMNS) for side in factor) for factor in factors if min(factor) > 1]
+    return FLOAT * (sum(sizes) if sum(sizes) <= KRONECKER_KEPT else 2 * max(sizes, default=0))
 
 
 def parse_bytes(text: str) -> int:

@@ -9,6 +9,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from dr_encoder import codecs
+from dr_encoder.codecs import kronecker
 from dr_encoder.codecs.autoencoder import required_code_size
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import from_public_gradients
@@ -163,6 +164,18 @@ def test_codecs_are_as_large_as_planned(family, one_thread):
         assert stored <= code.stored <= 3 * stored  # at most so much
     else:
         assert code.stored == pytest.approx(stored, rel=0.02, abs=16)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_kroneckers_fit_holds(kept, one_thread, monkeypatch):
+    monkeypatch.setattr(kronecker, "KEPT", kronecker.KEPT if kept else 0)
+    monkeypatch.setattr(memory, "KRONECKER_KEPT", kronecker.KEPT)
+    shapes = [(8, 3000), (3000, 8)] * 8
+    layout = AdapterLayout.of((f"f{index}", torch.zeros(shape)) for index, shape in enumerate(shapes))
+    prior = from_public_gradients(layout, torch.randn(50, layout.size, generator=torch.Generator().manual_seed(1)))
+    found = live_peak(lambda: codecs.CODECS["kronecker"].fit(prior, layout, 500, 0.0, 0))
+    stored = code_of(Config(codec=CodecConfig(family="kronecker", code_size=500)), layout).stored
+    assert stored + memory.FITTING["kronecker"](stored, layout.size, 50, shapes) == pytest.approx(found, rel=0.1)
 
 
 def test_an_autoencoder_of_7b(one_thread):
