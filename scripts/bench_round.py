@@ -5,10 +5,10 @@ python scripts/bench_round.py [--cycles N] [--json] [--quick]      about 10 minu
 MiniLM with a classifier's head, 1000 clients of 4 snippets of 40 tokens, a Poisson cohort of 50. A round is `Federation.stage2_round` as a
 run does it: guard, ledger on disk, cohort, shared batches, code, clip, noise, messages packed, checked and summed, decoding, server step,
 checkpoint, TensorBoard; held-out evaluation is cut to one example, and the codec is fitted before (the first round, with its public
-gradients and the fit, stands apart). Three ways: the code of configs/classify_chain.yaml, no codec with noise on every message, no codec
-with a trusted server. The pure passes take the same cohort's examples, mean loss, gradients summed, no optimiser; their batch size is
-searched first and given to the round too. All in one process in turn, the order rotating; ratios are taken cycle by cycle, their median
-stands with the 95 % interval of order statistics.
+gradients and the fit, stands apart). Four ways: the code of configs/classify.yaml (kronecker, Adam in its numbers), a dense basis of 64
+numbers, no codec with noise on every message, no codec with a trusted server. The pure passes take the same cohort's examples, mean loss,
+gradients summed, no optimiser; their batch size is searched first and given to the round too. All in one process in turn, the order
+rotating; ratios are taken cycle by cycle, their median stands with the 95 % interval of order statistics.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ LIMIT = 1.15
 EXAMPLES, TOKENS = 4, 40  # of a client, of an example
 CLIENTS, COHORT, COHORT_QUICK = 1000, 50, 10
 CASES = {
-    "linear": ["codec.family=linear"],
+    "kronecker": ["codec.family=kronecker", "federation.server.space=code"],
+    "linear": ["codec.family=linear", "codec.code_size=64", "codec.public_examples=100"],
     "identity": ["codec.family=identity", "codec.code_size=null"],
     "identity, central": ["codec.family=identity", "codec.code_size=null", "privacy.noise=central"],
 }
@@ -60,7 +61,7 @@ class Bench:
             return resolve(load_config(config_path, settings))
 
         self.configs = {name: config_of(name) for name in CASES}
-        config = self.configs["linear"]
+        config = self.configs["identity"]
         setting = build(config, 0)
         clients = config.federation.clients
         tokens = cut([token for record in setting.train.tokens for token in record], TOKENS, clients * EXAMPLES)
@@ -91,7 +92,7 @@ class Bench:
         """Let the rounds train in batches of this size too."""
         from fedllm.training.engine import TorchEngine
 
-        config = self.configs["linear"]
+        config = self.configs["identity"]
         side = "right" if config.task.kind == "classify" else "left"
         self.engine = TorchEngine(self.engine.model, self.engine.objective, 0, batch_size * TOKENS, side)
         self.setting = dataclasses.replace(self.setting, engine=self.engine)
@@ -218,12 +219,12 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if given.quick:
-            tiny_model.write(folder / "tiny")
+            tiny_model.write(folder / "tiny", public=120)
             overrides = [*COMMON, f"federation.expected_cohort={COHORT_QUICK}", "lora.r=8"]
             answer = bench(folder / "tiny" / "config.yaml", overrides, 3, [8, 40], folder)
         else:
             overrides = [*COMMON, f"federation.clients={CLIENTS}"]
-            answer = bench(ROOT / "configs" / "classify_chain.yaml", overrides, given.cycles, [4, 8, 16, 32, 50, 64, 100, 200], folder)
+            answer = bench(ROOT / "configs" / "classify.yaml", overrides, given.cycles, [4, 8, 16, 32, 50, 64, 100, 200], folder)
     held = None if given.quick else all(row["wall_ratio"]["median"] <= LIMIT for row in answer["rows"])
     answer |= {"limits": {"time_ratio": LIMIT}, "held": held, "threads": torch.get_num_threads()}
     print(json.dumps(answer, indent=2) if given.json else table(answer))
