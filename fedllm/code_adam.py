@@ -78,15 +78,21 @@ class CodeAdam:
         self.steps = int(tensors["optimizer.steps"])
 
 
+def too_long_to_carry(size: int) -> UserError:
+    """What is said of moments of more than MOST_CARRIED numbers that would have to follow a refit."""
+    return UserError(
+        f"federation.server.space=code: expected codec.refresh=0 with a code of more than {MOST_CARRIED:,} numbers "
+        f"(here {size:,}), whose change of basis is too large; or space=update"
+    )
+
+
 def change_of_basis(old: Codec, new: Codec) -> Tensor:
     """What a code [k_old] becomes when it is decoded and encoded anew: a matrix [k_new, k_old].
 
     Raises UserError above MOST_CARRIED numbers.
     """
-    if max(old.code_size, new.code_size) > MOST_CARRIED:
-        raise UserError(
-            f"federation.server.space=code: expected codec.refresh=0 with a code of more than {MOST_CARRIED:,} numbers "
-            f"(here {new.code_size:,}), whose change of basis is too large; or space=update"
-        )
+    longer = max(old.code_size, new.code_size)
+    if longer > MOST_CARRIED:
+        raise too_long_to_carry(longer)
     pieces = torch.eye(old.code_size).split(64)
     return torch.cat([new.encode(old.decode_rows(piece)) for piece in pieces]).T

@@ -14,6 +14,7 @@ from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import GaussianPrior
 from dr_encoder.sizing import code_size_auto
 from fedllm import priors, public
+from fedllm.code_adam import MOST_CARRIED, too_long_to_carry
 from fedllm.errors import RunStopped, UserError
 from fedllm.schema import Config
 
@@ -43,12 +44,20 @@ def check_sizes(config: Config, update_size: int) -> None:
         return
     if size > update_size:
         raise UserError(f"codec.code_size={size}: expected at most {update_size}, the number of trained parameters")
+    if carried(config) and size > MOST_CARRIED:
+        raise too_long_to_carry(size)
     outer, family = codec.parts if codec.family == "chain" else (None, codec.family)
     if family == "linear" and codec.prior != "moments":
         try:
             check_dense(size, min(WIDER * size, update_size) if outer in ("coordinate", "kronecker") else update_size)
         except ValueError as error:
             raise UserError(f"codec.family={codec.family}: {error}") from None
+
+
+def carried(config: Config) -> bool:
+    """Whether moments of a code's numbers have to follow the codec from one fit to the next."""
+    fed = config.federation
+    return fed.server.space == "code" and 0 < config.codec.refresh < fed.rounds
 
 
 def client_fit(config: Config, layout: AdapterLayout, rows: public.PublicGradients | None, announced: Announcement) -> Codec:
@@ -95,21 +104,21 @@ def choose_size(
     Arguments as for `fit_codec`; unit_examples: examples of a typical unit, groups: clip groups, both for the clip norm.
     Raises UserError where the gradients tell nothing.
     """
-    fitted, noise = {}, {}  # noise of one number of the mean code: it follows the clip norm, and that the code's length
-    for size in (2**power for power in range(4, 30) if 2**power <= min(layout.size, MOST_AUTO)):
+    fitted, noise, signal = {}, {}, {}  # noise of one number of the mean code: it follows the clip norm, and that the code's length
+    units = public.pseudo_units(rows, unit_examples)
+    most = min(layout.size, MOST_CARRIED if carried(config) else MOST_AUTO)
+    for size in (2**power for power in range(4, 30) if 2**power <= most):
         try:
-            fitted[size] = _fit(config, layout, prior, size, noise_std, seed)
+            codec = fitted[size] = _fit(config, layout, prior, size, noise_std, seed)
         except ValueError:  # the prior spans no more directions
             break
-        clipped = whole if config.privacy.noise_in == "update" else fitted[size].encode
-        noise[size] = (noise_std * public.clip_norm(rows, clipped, config, unit_examples, groups)) ** 2
-    units = public.pseudo_units(rows, unit_examples)
-
-    def signal(size: int) -> float:
-        return SIGNAL_SHARE * float(fitted[size].metric(units).double().square().sum(1).mean())
-
+        clipped = whole if config.privacy.noise_in == "update" else codec.encode
+        norm = public.clip_norm(rows, clipped, config, unit_examples, groups)
+        noise[size] = (noise_std * norm) ** 2
+        within = (norm * groups**0.5 / clipped(units).double().norm(dim=1)).clamp(max=1)  # clipping shortens the signal too
+        signal[size] = SIGNAL_SHARE * float((codec.metric(units).double().norm(dim=1) * within).square().mean())
     try:
-        return code_size_auto(rows.fit, rows.held_out, noise.get, config.federation.rounds, list(fitted), signal, fitted.get)
+        return code_size_auto(rows.fit, rows.held_out, noise.get, config.federation.rounds, list(fitted), signal.get, fitted.get)
     except ValueError as error:
         raise UserError(f"codec.code_size=auto: {error}; or a number in codec.code_size") from None
 

@@ -237,6 +237,30 @@ def test_the_size_is_chosen_for_the_noise_that_comes(noise_in, configured, tmp_p
     assert seen[min(seen)] == pytest.approx(std**2, rel=1e-6)
 
 
+def test_a_small_clip_norm_shortens_signal_and_noise_alike(configured, tmp_path, no_plot, monkeypatch):
+    """Where every unit is clipped, what is chosen does not depend on the norm to which it is."""
+    seen = {}
+
+    def choose(fit_rows, held_out, noise, rounds, candidates, signal, fit):
+        seen.setdefault("ratio", []).append([noise(size) / signal(size) for size in candidates])
+        return candidates[0]
+
+    monkeypatch.setattr(codec_fit, "code_size_auto", choose)
+    for norm in ("1e-5", "1e-3", "1e3"):
+        run.train(configured("run" + norm, "seed=3", "codec.code_size=auto", f"privacy.clip.norm={norm}", "federation.rounds=1"))
+    small, smaller, none = seen["ratio"]
+    assert small == pytest.approx(smaller, rel=1e-6) and none[0] > 1000 * small[0]
+
+
+def test_a_code_too_long_to_carry_is_refused_before_any_round(configured, tmp_path, no_plot, monkeypatch):
+    monkeypatch.setattr(codec_fit, "MOST_CARRIED", 7)
+    space = ["federation.server.space=code", "codec.code_size=8"]
+    with pytest.raises(UserError, match=r"space=code: expected codec\.refresh=0"):
+        run.train(configured("run", *space, "codec.refresh=1"))
+    assert not (tmp_path / "run" / "ledger.jsonl").exists()
+    assert run.train(configured("run", *space, "codec.refresh=0"))["rounds"] == 2
+
+
 def test_without_privacy_everything_says_so(configured, tmp_path, no_plot):
     results = run.train(configured("run", "method=fedit"))
     header, entries = read_ledger(tmp_path / "run" / "ledger.jsonl")
