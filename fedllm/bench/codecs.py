@@ -194,12 +194,13 @@ def step(
                 again = CODECS[candidate.family].fit(prior, layout, candidate.size, noise / expected, number, **(options | {"steps": 2}))
                 again.decode(again.encode(cohorts.first[:1])[0], noise / expected if again.summable else 0.0)
             candidate.working_bytes = max(0, held.peak - stored_bytes(candidate.codec))
-    codec, clip = candidate.codec, 0.0
+    codec, clip, noise_std = candidate.codec, None, 0.0
     if noise and codec.summable:
         clip = public.clip_norm(rows, codec.encode, config, per_unit)
-    noisy = add(candidate.score, codec, cohorts, noise * clip / expected, rng)
+        noise_std = noise * clip / expected
+    noisy = add(candidate.score, codec, cohorts, noise_std, rng, clip)
     if noisy is not None and "released" in candidate.prior:
-        candidate.past.add(codec.decode(noisy), noise * clip / expected, codec.code_size)
+        candidate.past.add(codec.decode(noisy), noise_std, codec.code_size)
 
 
 def prior_of(candidate: Candidate, config: Config, layout: AdapterLayout, cohorts: Cohorts, rows, number: int) -> GaussianPrior | None:

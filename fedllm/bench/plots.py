@@ -1,4 +1,4 @@
-"""What `fedllm codec bench` draws: signal kept, and lost signal plus noise, against the length of the code."""
+"""What `fedllm codec bench` draws: signal kept, and signal missed after clip and noise, against the length of the code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bench_figure(found: Mapping[str, Any], path: str | Path) -> Path:
             kept.plot(*zip(*oracle, strict=True), color="#888888", linestyle="-.", label="oracle: PCA of other clients' updates")
         kept.set_ylabel("share of the signal's energy kept")
         kept.set_ylim(min(0, kept.get_ylim()[0]), 1.05)
-        error.set_ylabel("lost signal + noise, over the signal's energy (ring: least)")
+        error.set_ylabel("share of the signal's energy missed after clip and noise (ring: least)")
         error.set_yscale("log")
         for axis in (kept, error):
             axis.set_xscale("log", base=2)

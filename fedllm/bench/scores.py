@@ -2,8 +2,12 @@
 
 Two independent half cohorts give mean updates u1 = mu + e1 and u2 = mu + e2 with independent sampling errors, so that products across
 them are free of these errors: <P u1, P u2> / <u1, u2> is the share of the *signal* mu that is kept, where the energy of one mean,
-|P u1|^2 / |u1|^2, mostly counts sampling noise. With x the decoded noisy code of the whole cohort and u3 the mean of other clients still,
-|x|^2 - 2 <x, u3> + <u1, u2> estimates |x - mu|^2 without bias.
+|P u1|^2 / |u1|^2, mostly counts sampling noise.
+
+The *total error* is what a private step misses of mu. Codes of the whole cohort are clipped as a run clips them and get its noise; with x
+what their mean is decoded to, it is the least E |f x - mu|^2 over factors f that do not see the noise, |mu|^2 - (E <x, mu>)^2 / E |x|^2.
+Of any length, since the clip shortens x by far and an optimiser such as Adam does not mind: 0 is the signal's own direction without noise,
+|mu|^2 nothing of it. Clipped shares of units that point elsewhere count, and so do sampling and DP noise.
 
 Everything is told in two metrics: the plain one, and that of an Adam server, sum g_i h_i / rms_i, in which a product with the gradient is
 what a step gains: Adam moves small factors as far as large ones, so what is lost of them counts as much.
@@ -14,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -21,6 +26,7 @@ from torch import Tensor
 
 from dr_encoder.codecs import Codec
 from dr_encoder.codecs.linear import principal_subspace
+from fedllm.privacy.clipping import clip_units
 
 SINGLES = 16  # updates whose own energy is looked at
 
@@ -77,10 +83,13 @@ class Score:
         }
 
 
-def add(score: Score, codec: Codec, cohorts: Cohorts, noise_std: float, rng: np.random.Generator) -> Tensor | None:
+def add(
+    score: Score, codec: Codec, cohorts: Cohorts, noise_std: float, rng: np.random.Generator, clip: float | None = None
+) -> Tensor | None:
     """Add one round's figures of a fitted codec; returns the noisy mean code of the whole cohort (None where codes have no sum).
 
-    noise_std: DP noise of the mean code's numbers, for the whole cohort.
+    noise_std: DP noise of the mean code's numbers, for the whole cohort. clip: norm that each code is clipped to before that noise (the
+    signal kept is of codes as they are); None: none, and none where codes have no sum.
     """
     u1, u2 = cohorts.first.mean(0), cohorts.second.mean(0)
     begun = time.perf_counter()
@@ -97,19 +106,31 @@ def add(score: Score, codec: Codec, cohorts: Cohorts, noise_std: float, rng: np.
     score.single += float(cohorts.first[:SINGLES].double().square().sum())
     score.single_kept += sum(float(codec.decode(code).double().square().sum()) for code in codes[:SINGLES])
     noisy = None
-    begun = time.perf_counter()
     if codec.summable:
+        sent = torch.cat([codes, other_codes])
+        mean = (sent if clip is None else clip_units(sent, clip)).mean(0)
         noise = torch.from_numpy(rng.standard_normal(codec.code_size)).float() * noise_std
-        noisy = torch.cat([codes, other_codes]).mean(0) + noise
-        found = codec.decode(noisy, noise_std)
+        noisy = mean + noise
+        begun = time.perf_counter()
+        found = [codec.decode(noisy, noise_std)]
+        score.decode_seconds += time.perf_counter() - begun
+        found.append(codec.decode(mean - noise, noise_std))  # the mirror image: no draw is along the signal by chance
     else:
-        found = (p1 + p2) / 2
-    score.decode_seconds += time.perf_counter() - begun
-    u3, weights = cohorts.others.mean(0), cohorts.weights
-    score.error += dot(found, found) - 2 * dot(found, u3) + dot(u1, u2)
-    score.adam_error += dot(found, found, weights) - 2 * dot(found, u3, weights) + dot(u1, u2, weights)
+        found = [(p1 + p2) / 2]
+    score.error += missed(found, cohorts)
+    score.adam_error += missed(found, cohorts, cohorts.weights)
     score.rounds += 1
     return noisy
+
+
+def missed(found: Sequence[Tensor], cohorts: Cohorts, weights: Tensor | None = None) -> float:
+    """What equally likely updates [n] miss of the signal's energy, all of them times the one best factor.
+
+    Two halves of other clients tell <x, mu> twice, independently: the square has no bias.
+    """
+    energy = fmean(dot(x, x, weights) for x in found)
+    one, other = (fmean(dot(x, half.mean(0), weights) for x in found) for half in cohorts.others.chunk(2))
+    return dot(cohorts.first.mean(0), cohorts.second.mean(0), weights) - (one * other / energy if energy > 0 else 0.0)
 
 
 def add_oracle(scores: Sequence[tuple[Score, int]], cohorts: Cohorts) -> None:

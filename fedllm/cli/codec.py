@@ -13,6 +13,10 @@ from fedllm.formats import bytes_text, percent_text, seconds_text, times_text
 
 app = typer.Typer(no_args_is_help=False, help="Codecs on real client updates: a diagnostic, not private.")
 PLOT_NAME = "codecs.png"
+ERROR_NOTE = (
+    "error: share of the signal's energy that the decoded mean code misses, clipped and noisy as in a run (codes without a sum: neither), "
+    "times the best factor: an optimiser such as Adam does not mind the length"
+)
 
 
 @app.callback()
@@ -60,7 +64,7 @@ def bench(
     rows = [_cells(row) for row in found["rows"] if row["encode_seconds"] is not None]
     failed = [f"{each['codec']}, {each['prior']}, {each['code_size']}: {each['reason']}" for each in found["failed"]]
     title = f"{found['model']} on {found['task']}, {found['rounds']} rounds ({found['why_not_private']})"
-    print_table(title, header, rows, [*failed, f"{found['plot']}"], (0, 1))
+    print_table(title, header, rows, [ERROR_NOTE, *failed, f"{found['plot']}"], (0, 1))
 
 
 def _families(text: str | None) -> list[str] | None:

@@ -84,16 +84,71 @@ def test_adams_metric_weighs_coordinates(cohorts):
     assert oracle[2].row()["signal_energy"] < 0.9  # white noise of every coordinate hides it there
 
 
+IDENTITY = CODECS["identity"].fit(None, LAYOUT, None, 0.0, 0)
+
+
 def test_the_error_counts_what_is_lost_and_the_noise(cohorts):
     larger = torch.zeros(1, N)
     larger[0, 0] = 1.0
     lost = scored(fitted(larger, 1), cohorts)["total_error"]
     assert lost == pytest.approx(0.25, abs=0.1)
-    white = CODECS["identity"].fit(None, LAYOUT, None, 0.0, 0)
-    assert scored(white, cohorts)["total_error"] == pytest.approx(N / (2 * UNITS) / 4, abs=0.1)  # sampling noise of the whole cohort
-    noisy = scored(white, cohorts, noise_std=1.0, draws=20)["total_error"]
-    # Noise of a hundred times the signal's energy is shrunk, but only to a tenth: 0.9^2 of the signal is lost, noise of one signal left.
-    assert noisy == pytest.approx(0.81 + 1.0, abs=0.3)
+    sampling = N / (2 * UNITS)  # energy of the whole cohort's sampling noise
+    assert scored(IDENTITY, cohorts)["total_error"] == pytest.approx(sampling / (4 + sampling), abs=0.1)
+    for noise_std in (0.1, 1.0):  # the same energy as the signal, and a hundred times
+        error = sampling + N * noise_std**2
+        noisy = scored(IDENTITY, cohorts, noise_std=noise_std, draws=20)["total_error"]
+        assert noisy == pytest.approx(error / (4 + error), abs=0.1)
+    # Of one number, full noise leaves the direction but not the sign: no factor that has not seen the noise makes use of that.
+    assert scored(fitted(larger, 1), cohorts, noise_std=100.0, draws=20)["total_error"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_noise_is_counted_against_clipped_codes(cohorts):
+    """All units are some 20 long: with every clip norm below that the noise, which follows it, is as large against them."""
+    known = scored(IDENTITY, cohorts)["total_error"]
+    for clip in (10.0, 0.1, 0.001):
+        clean = clipped(cohorts, clip)
+        assert clean["total_error"] == pytest.approx(known, abs=0.05)  # shorter, but the same way
+        assert clean["signal_energy"] == pytest.approx(1.0)  # of codes as they are
+        noise = N * (0.005 * 20) ** 2 + N / (2 * UNITS)  # of units 20 long
+        assert clipped(cohorts, clip, 0.005)["total_error"] == pytest.approx(noise / (4 + noise), abs=0.1)
+
+
+def clipped(cohorts, clip, noise=0.0):
+    """Scores of the identity, its codes clipped to `clip`, noise as a share of that."""
+    score, rng = Score(), np.random.default_rng(1)
+    noisy = add(score, IDENTITY, cohorts, noise * clip, rng, clip)
+    assert noisy.norm() < clip * (1 + 2 * noise * N**0.5)
+    return score.row()
+
+
+def test_the_clip_turns_what_long_units_carry_alone(cohorts):
+    """Every tenth unit carries all of the signal, ten times over: clipped to the length of the others it hardly counts."""
+    some = (torch.arange(UNITS) % 10 == 0).float()[:, None]
+    signal = torch.zeros(N)
+    signal[0] = 100.0
+    rare = Cohorts(*(part + 10 * some * signal for part in (cohorts.first, cohorts.second, cohorts.others)))
+    assert clipped(rare, 1e9)["total_error"] < 0.01
+    sampling, kept = N / (2 * UNITS), (0.1 * 20) ** 2
+    assert clipped(rare, 20.0)["total_error"] == pytest.approx(sampling / (sampling + kept), abs=0.1)
+
+
+def test_the_command_clips_as_a_run_does(tiny, tmp_path, capsys, monkeypatch):
+    """What `released` priors are given are means of clipped codes."""
+    means = []
+    monkeypatch.setattr("fedllm.priors.Past.add", lambda self, update, noise_std, size: means.append((update.norm(), noise_std, size)))
+    arguments = ["--rounds", "1", "--sizes", "4", "--codecs", "linear", "--priors", "public+released", "--json", "--out", str(tmp_path)]
+    shared = ["privacy.clip.norm=0.1", "privacy.target.epsilon=1000", "federation.local.lr=1000", "federation.expected_cohort=6"]
+    assert cli.run(["codec", "bench", str(tiny / "config.yaml"), *shared, *arguments]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    ((length, noise_std, size),) = means
+    assert noise_std == pytest.approx(row["noise_multiplier"] * 0.1 / 6)
+    assert length <= 0.1 + 4 * noise_std * size**0.5
+
+
+def test_the_table_says_what_its_error_is(tiny, tmp_path, capsys):
+    arguments = ["--rounds", "1", "--sizes", "4", "--codecs", "linear", "--priors", "public", "--out", str(tmp_path)]
+    assert cli.run(["codec", "bench", str(tiny / "config.yaml"), *arguments]) == 0
+    assert "clipped and noisy as in a run" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_oracle_finds_the_signal_in_other_clients(cohorts):
