@@ -22,7 +22,7 @@ from fedllm import priors, public
 from fedllm.bench.memory import TensorPeak
 from fedllm.bench.scores import Cohorts, Score, add, add_oracle, stored_bytes
 from fedllm.combinations import REAL, ROW_PARTS, ROWS, priors_of
-from fedllm.errors import UserError
+from fedllm.errors import RunStopped, UserError
 from fedllm.federation import public_seed
 from fedllm.monitor import Phase
 from fedllm.privacy.events import sum_multiplier
@@ -65,7 +65,7 @@ def bench(
 
     families: None for all. sizes: code sizes; a family that fixes its own has that. others: clients for the oracle and the error's
     reference, next to the cohort of federation.expected_cohort; None: twice as many.
-    Raises UserError for what the config lacks.
+    Raises UserError for what the config lacks, and for updates that are not finite; RunStopped where the server's step is not.
     """
     for name in prior_names:
         check_prior_name(name)
@@ -82,7 +82,10 @@ def bench(
     rng = np.random.default_rng(SEED)
     if config.federation.warm_start.steps:
         with phase(f"{config.federation.warm_start.steps} steps on public text", total=config.federation.warm_start.steps) as advance:
-            public.warm_start(setting, config, public_seed("0" * 16, config), advance)
+            try:
+                public.warm_start(setting, config, public_seed("0" * 16, config), advance)
+            except FloatingPointError as error:
+                raise RunStopped(f"federation.warm_start: {error}; expected a smaller lr there") from None
     layout, optimizer = setting.engine.layout, ServerOptimizer(setting.engine.adapter(), config.federation.server)
     candidates = [
         Candidate(family, prior, size)
@@ -96,6 +99,8 @@ def bench(
         with phase(f"round {number + 1} of {rounds}: updates of {2 * half + others} clients and public gradients"):
             cohorts = collect(setting, config, rng, half, others)
             rows = public.gradients(setting, config, public_seed("0" * 16, config), number)
+        for what, updates in (("clients' updates", cohorts), ("public gradients", rows)):
+            expect_finite(f"round {number + 1}: {what}", updates)
         cohorts = dataclasses.replace(cohorts, weights=adam_weights(layout, rows))
         with phase(f"round {number + 1} of {rounds}: {len(candidates)} codecs", total=len(candidates)) as advance:
             for candidate in candidates:
@@ -103,7 +108,10 @@ def bench(
                 advance(1)
         add_oracle([(each.oracle, each.codec.code_size) for each in candidates if each.failed is None], cohorts)
         mean = torch.cat([cohorts.first, cohorts.second, cohorts.others]).mean(0)
-        setting.engine.load(optimizer.step(mean))
+        try:
+            setting.engine.load(optimizer.step(mean))
+        except FloatingPointError as error:
+            raise RunStopped(f"round {number + 1}: {error}; expected a smaller federation.server.lr") from None
     epsilon = config.privacy.target.epsilon if config.privacy.enabled else None
     return {
         "private": False,
@@ -119,15 +127,23 @@ def bench(
     }
 
 
+def expect_finite(what: str, updates: Cohorts | public.PublicGradients) -> None:
+    """Raise UserError where a value is not finite: nothing can be told of such updates."""
+    if not all(torch.isfinite(value).all() for value in vars(updates).values() if value is not None):
+        raise UserError(f"{what} are not finite; expected a smaller federation.local.lr or federation.server.lr")
+
+
 def adam_weights(layout: AdapterLayout, rows: public.PublicGradients) -> Tensor | None:
     """[n]: 1 / rms of each coordinate's factor, by public gradients; as `allocation`, which codes in this metric, has it.
 
-    0 for a factor without gradients (A at LoRA's start): no step moves it. None where there are no gradients to fit to.
+    0 for a factor without gradients (A at LoRA's start): no step moves it. None where there are no gradients to fit to, or all are zero.
     """
     if len(rows.fit) == 0:
         return None
     rms = factor_rms(layout, rows.fit)
     alive = rms > 1e-6 * rms.max()
+    if not alive.any():
+        return None
     return layout.spread(torch.where(alive, rms[alive].min() / rms, 0.0))
 
 

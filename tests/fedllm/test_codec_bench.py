@@ -12,10 +12,12 @@ from dr_encoder.codecs import CODECS
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import from_public_gradients
 from fedllm import cli
+from fedllm.bench.codecs import adam_weights
 from fedllm.bench.memory import TensorPeak
 from fedllm.bench.scores import Cohorts, Score, add, add_oracle
 from fedllm.config import load_config
 from fedllm.errors import UserError
+from fedllm.public import PublicGradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -256,3 +258,30 @@ def test_bad_input_is_one_line(arguments, says, tiny, tmp_path, capsys):
     assert cli.run(["codec", "bench", str(tiny / "config.yaml"), *arguments, "--out", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
     assert says in captured.err and captured.out == "" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says", "status"),
+    [
+        (["federation.local.lr=1e39"], "round 1: clients' updates are not finite; expected a smaller federation.local.lr", 2),
+        (["federation.server={optimizer: sgd, lr: 1e38}", "federation.local.lr=1e6"], "round 1: the new adapter is not finite", 1),
+    ],
+)
+def test_updates_without_a_figure_are_one_line(overrides, says, status, tiny, tmp_path, capsys):
+    arguments = ["--rounds", "1", "--codecs", "identity", "--out", str(tmp_path / "out"), *overrides]
+    assert cli.run(["codec", "bench", str(tiny / "config.yaml"), *arguments]) == status
+    captured = capsys.readouterr()
+    assert says in captured.err and "a bug" not in captured.err and captured.out == "" and not (tmp_path / "out").exists()
+
+
+def test_a_warm_start_that_diverges_is_one_line(tiny, tmp_path, capsys, own_cache):
+    written = ["task.public=generated", "task.generate={prompt: 'a {label} film of {words}', count: 20, max_new_tokens: 4}"]
+    overrides = [*written, "codec.public_labels=given", "codec.public_examples=10", "federation.warm_start={steps: 3, lr: 1e37}"]
+    assert cli.run(["codec", "bench", str(tiny / "config.yaml"), *overrides, "--out", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "is not finite; expected a smaller lr there" in captured.err and captured.out == ""
+
+
+def test_gradients_of_zero_have_no_metric_of_their_own():
+    none = PublicGradients(torch.zeros(3, N), torch.zeros(1, N))
+    assert adam_weights(LAYOUT, none) is None
