@@ -14,6 +14,7 @@ from dr_encoder.priors import from_public_gradients
 from fedllm import cli
 from fedllm.bench.codecs import adam_weights
 from fedllm.bench.memory import TensorPeak
+from fedllm.bench.plots import bench_figure
 from fedllm.bench.scores import Cohorts, Score, add, add_oracle
 from fedllm.config import load_config
 from fedllm.errors import UserError
@@ -239,6 +240,24 @@ def test_a_codec_of_ones_own_is_one_class(tiny, tmp_path, capsys, monkeypatch):
     arguments = ["--rounds", "1", "--others", "12", "--sizes", "4", "--codecs", "halved", "--json", "--out", str(tmp_path)]
     assert cli.run(["codec", "bench", config, *arguments]) == 0
     assert {row["prior"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"public", "public+released"}
+
+
+def test_errors_below_zero_are_drawn(monkeypatch, tmp_path):
+    """Every point lies within its panel, the least one ringed."""
+    figures = []
+    monkeypatch.setattr("fedllm.bench.plots._save", lambda figure, path: figures.append(figure))
+    errors = {16: 0.4, 64: -0.02, 256: 1.3}
+    rows = [
+        {"codec": "linear", "prior": "public", "code_size": size, "signal_energy": 0.9, "oracle_signal_energy": 1.0, "total_error": error}
+        for size, error in errors.items()
+    ]
+    bench_figure({"model": "m", "task": "t", "why_not_private": "diagnostic", "rows": rows}, tmp_path / "codecs.png")
+    panel = figures[0].axes[1]
+    curve, ring = panel.lines
+    assert curve.get_ydata().tolist() == list(errors.values()) and (list(ring.get_xdata()), list(ring.get_ydata())) == ([64], [-0.02])
+    figures[0].draw_without_rendering()
+    heights = panel.transAxes.inverted().transform(panel.transData.transform(curve.get_xydata()))[:, 1]
+    assert 0 < heights[1] < heights[0] < heights[2] < 1
 
 
 @pytest.mark.parametrize(
