@@ -106,6 +106,10 @@ def bench(
             for candidate in candidates:
                 step(candidate, config, layout, cohorts, rows, noise, per_unit, number, rng)
                 advance(1)
+        if not any(each.score.rounds for each in candidates):
+            first = candidates[0]
+            told = f"{first.family}, {first.prior}, {first.size}: {first.failed}"
+            raise UserError(f"--codecs, --priors, --sizes: expected at least one code that can be fitted; {told}")
         add_oracle([(each.oracle, each.codec.code_size) for each in candidates if each.failed is None], cohorts)
         mean = torch.cat([cohorts.first, cohorts.second, cohorts.others]).mean(0)
         try:

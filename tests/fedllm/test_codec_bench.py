@@ -271,6 +271,7 @@ def test_errors_below_zero_are_drawn(monkeypatch, tmp_path):
         (["--priors", "released"], "--priors released: expected public[+released][+random], real, moments or none"),
         (["--priors", "public,publik"], "--priors publik: expected"),
         (["--codecs", "chain", "--priors", "moments"], "--codecs, --priors: expected at least one"),
+        (["--codecs", "linear", "--sizes", "9999"], "expected at least one code that can be fitted; linear, public, 9999: Expected 1 <="),
     ],
 )
 def test_bad_input_is_one_line(arguments, says, tiny, tmp_path, capsys):
