@@ -224,13 +224,14 @@ def step(
 
 
 def prior_of(candidate: Candidate, config: Config, layout: AdapterLayout, cohorts: Cohorts, rows, number: int) -> GaussianPrior | None:
-    """The prior that a candidate names; `moments` are the clients' own, without the noise that stage 1 would put on them."""
+    """The prior that a candidate names, the config's own with its weights; `moments` lack the noise that stage 1 would put on them."""
     if candidate.prior == "none":
         return None
     if candidate.prior == "moments":
         scale = factor_rms(layout, rows.fit).clamp_min(1e-12)
         return from_moments(layout, *moments_to_std(unit_moments(cohorts.first, layout, scale).mean(0), scale))
-    found = priors.build(candidate.prior, None, priors.Given(layout, rows.fit, candidate.past, number, real=cohorts.first))
+    weights = config.codec.weights if candidate.prior == config.codec.prior else None  # they are of its own parts
+    found = priors.build(candidate.prior, weights, priors.Given(layout, rows.fit, candidate.past, number, real=cohorts.first))
     candidate.past.keep(rows.fit, config.codec.public_memory)
     return found
 

@@ -11,8 +11,8 @@ import torch
 from dr_encoder.codecs import CODECS
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import from_public_gradients
-from fedllm import cli
-from fedllm.bench.codecs import adam_weights
+from fedllm import cli, priors
+from fedllm.bench.codecs import Candidate, adam_weights, prior_of
 from fedllm.bench.memory import TensorPeak
 from fedllm.bench.plots import bench_figure
 from fedllm.bench.scores import Cohorts, Score, add, add_oracle
@@ -300,6 +300,16 @@ def test_a_warm_start_that_diverges_is_one_line(tiny, tmp_path, capsys, own_cach
     assert cli.run(["codec", "bench", str(tiny / "config.yaml"), *overrides, "--out", str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert "is not finite; expected a smaller lr there" in captured.err and captured.out == ""
+
+
+def test_the_configs_own_prior_has_its_weights(tiny, cohorts):
+    config = load_config(str(tiny / "config.yaml"), ["codec.prior=public+random", "codec.weights=[1.0,3.0]"])
+    rows = PublicGradients(cohorts.others[:20], cohorts.others[20:24])
+    given = priors.Given(LAYOUT, rows.fit, priors.Past(), 0)
+    for name, weights in [("public+random", [1.0, 3.0]), ("random+public", None)]:
+        found = prior_of(Candidate("linear", name, 4), config, LAYOUT, cohorts, rows, 0)
+        assert found.fingerprint() == priors.build(name, weights, given).fingerprint()
+    assert priors.build("public+random", None, given).fingerprint() != priors.build("public+random", [1.0, 3.0], given).fingerprint()
 
 
 def test_gradients_of_zero_have_no_metric_of_their_own():
