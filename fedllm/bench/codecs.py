@@ -124,7 +124,7 @@ def bench(
         "task": config.task.source,
         "parameters": layout.size,
         "rounds": rounds,
-        "rows": [row(candidate, config, layout, noise, epsilon) for candidate in candidates],
+        "rows": [row(candidate, config, layout, noise, epsilon, others) for candidate in candidates],
         "failed": [
             {"codec": each.family, "prior": each.prior, "code_size": each.size, "reason": each.failed} for each in candidates if each.failed
         ],
@@ -236,8 +236,8 @@ def prior_of(candidate: Candidate, config: Config, layout: AdapterLayout, cohort
     return found
 
 
-def row(candidate: Candidate, config: Config, layout: AdapterLayout, noise: float, epsilon: float | None) -> dict[str, Any]:
-    """One candidate as the contract names its figures."""
+def row(candidate: Candidate, config: Config, layout: AdapterLayout, noise: float, epsilon: float | None, others: int) -> dict[str, Any]:
+    """One candidate as the contract names its figures; oracle_size: directions of its oracle, which has no more than `others`."""
     size = candidate.size if candidate.codec is None else candidate.codec.code_size
     bits = config.codec.bits if candidate.codec is not None and candidate.codec.summable and noise else 32
     sent = None if size is None else message_bytes(size, bits, config.federation.clients)
@@ -250,6 +250,7 @@ def row(candidate: Candidate, config: Config, layout: AdapterLayout, noise: floa
         "compression_ratio": None if sent is None else 4 * layout.size / sent,
         **candidate.score.row(),
         **{f"oracle_{key}": known.get(key) for key in ("signal_energy", "signal_energy_adam")},
+        "oracle_size": min(size, others) if candidate.oracle.signal else None,
         "epsilon": epsilon,
         "noise_multiplier": noise,
         "message_bytes": sent,

@@ -36,7 +36,9 @@ def bench_figure(found: Mapping[str, Any], path: str | Path) -> Path:
         known = {row["code_size"]: row["oracle_signal_energy"] for row in found["rows"] if row["oracle_signal_energy"] is not None}
         oracle = sorted(known.items())
         if oracle:
-            kept.plot(*zip(*oracle, strict=True), color="#888888", linestyle="-.", label="oracle: PCA of other clients' updates")
+            most = max(row["oracle_size"] for row in found["rows"] if row["oracle_size"] is not None)
+            label = f"oracle: PCA of other clients' updates, up to {most} directions"
+            kept.plot(*zip(*oracle, strict=True), color="#888888", linestyle="-.", label=label)
         kept.set_ylabel("share of the signal's energy kept")
         kept.set_ylim(min(0, kept.get_ylim()[0]), 1.05)
         error.set_ylabel("signal's energy missed after clip and noise (ring: least)")

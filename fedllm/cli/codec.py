@@ -61,10 +61,10 @@ def bench(
         return
     header = ("codec", "prior", "numbers", "signal, oracle's", "for Adam", "of a mean, single", "error, for Adam", "message")
     header += ("stored, working", "fit", "en + decode")
-    rows = [_cells(row) for row in found["rows"] if row["encode_seconds"] is not None]
+    rows = [row for row in found["rows"] if row["encode_seconds"] is not None]
     failed = [f"{each['codec']}, {each['prior']}, {each['code_size']}: {each['reason']}" for each in found["failed"]]
     title = f"{found['model']} on {found['task']}, {found['rounds']} rounds ({found['why_not_private']})"
-    print_table(title, header, rows, [ERROR_NOTE, *failed, f"{found['plot']}"], (0, 1))
+    print_table(title, header, [_cells(row) for row in rows], [ERROR_NOTE, *_oracle_note(rows), *failed, f"{found['plot']}"], (0, 1))
 
 
 def _families(text: str | None) -> list[str] | None:
@@ -86,6 +86,12 @@ def _sizes(text: str) -> list[int]:
     if sizes[0] < 1:
         raise UserError(f"--sizes {text}: expected whole numbers >= 1, separated by commas")
     return sizes
+
+
+def _oracle_note(rows: list[dict[str, Any]]) -> list[str]:
+    """Where the oracle has fewer directions than a code has numbers: how many."""
+    short = {row["oracle_size"] for row in rows if row["oracle_size"] is not None and row["oracle_size"] < row["code_size"]}
+    return [f"oracle: {most} directions where a code has more numbers, one a client of --others" for most in short]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ N, UNITS = 400, 300
 LAYOUT = AdapterLayout.of([("A", torch.zeros(4, 50)), ("B", torch.zeros(50, 4))])
 ROW_KEYS = {
     "codec", "prior", "cost", "code_size", "compression_ratio", "signal_energy", "kept_energy_mean", "kept_energy_single",
-    "oracle_signal_energy", "signal_energy_adam", "oracle_signal_energy_adam", "total_error_adam",
+    "oracle_signal_energy", "oracle_size", "signal_energy_adam", "oracle_signal_energy_adam", "total_error_adam",
     "epsilon", "noise_multiplier", "total_error", "message_bytes", "fit_seconds", "encode_seconds",
     "decode_seconds", "memory_bytes", "working_bytes",
 }  # fmt: skip
@@ -202,6 +202,18 @@ def test_the_table_says_that_it_is_not_private(tiny, tmp_path, capsys):
     assert "diagnostic: not private" in out and "linear" in out and "topk" not in out
 
 
+@pytest.mark.parametrize(("sizes", "says"), [("4,12", False), ("4,16", True)])
+def test_an_oracle_shorter_than_the_code_says_so(sizes, says, tiny, tmp_path, capsys):
+    command = ["codec", "bench", str(tiny / "config.yaml"), "--rounds", "1", "--others", "12", "--codecs", "linear", "--sizes", sizes]
+    command += ["--priors", "public", "--out", str(tmp_path)]
+    assert cli.run([*command, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["oracle_size"] for row in rows] == [min(row["code_size"], 12) for row in rows]
+    assert cli.run(command) == 0
+    note = "oracle: 12 directions where a code has more numbers, one a client of --others"
+    assert (note in capsys.readouterr().out) is says
+
+
 def test_a_codec_of_real_gradients_says_what_it_costs(tiny, tmp_path, capsys):
     arguments = ["--rounds", "1", "--others", "12", "--sizes", "4", "--codecs", "linear", "--priors", "real", "--json"]
     assert cli.run(["codec", "bench", str(tiny / "config.yaml"), *arguments, "--out", str(tmp_path)]) == 0
@@ -248,10 +260,12 @@ def test_errors_below_zero_are_drawn(monkeypatch, tmp_path):
     monkeypatch.setattr("fedllm.bench.plots._save", lambda figure, path: figures.append(figure))
     errors = {16: 0.4, 64: -0.02, 256: 1.3}
     rows = [
-        {"codec": "linear", "prior": "public", "code_size": size, "signal_energy": 0.9, "oracle_signal_energy": 1.0, "total_error": error}
+        {"codec": "linear", "prior": "public", "code_size": size, "signal_energy": 0.9, "oracle_signal_energy": 1.0}
+        | {"oracle_size": min(size, 20), "total_error": error}
         for size, error in errors.items()
     ]
     bench_figure({"model": "m", "task": "t", "why_not_private": "diagnostic", "rows": rows}, tmp_path / "codecs.png")
+    assert "up to 20 directions" in figures[0].legends[0].texts[-1].get_text()
     panel = figures[0].axes[1]
     curve, ring = panel.lines
     assert curve.get_ydata().tolist() == list(errors.values()) and (list(ring.get_xdata()), list(ring.get_ydata())) == ([64], [-0.02])
