@@ -44,12 +44,26 @@ def summary(grid: dict[str, Any], name: str, read: Read) -> Row:
         "overhead": sum(overhead(run["seconds"]) for run in runs.values()) / len(runs),
         "gain": interval([100 * (run["accuracy"] - run["accuracy_before"]) for run in runs.values()]),
     }
+    if "bench" in grid:
+        row["total_error"] = total_error(grid, name, first["code_size"])
     reference = reference_of(grid, name)
     if reference and reference != name:
         others = {seed: read(same.get(reference, reference), seed) for seed in runs}
         paired = [100 * (runs[seed]["accuracy"] - other["accuracy"]) for seed, other in others.items() if other]
         row["difference"] = interval(paired) if paired else None
     return row
+
+
+def total_error(grid: dict[str, Any], name: str, code_size: int | None) -> float | None:
+    """What `codec bench` found for a variant's codec: the share of the signal that projection and noise lose; None for one not in it."""
+    from fedllm.config import load_config
+
+    codec = load_config(grid["config"], [*grid.get("common", []), *grid["variants"][name]]).codec
+    bench = json.loads(Path(grid["bench"]["file"]).read_text())
+    size = bench["parameters"] if codec.family == "identity" else code_size
+    if codec.prior == "moments" or (codec.family == "chain" and list(codec.parts) != grid["bench"]["parts"]):
+        return None
+    return next((row["total_error"] for row in bench["rows"] if (row["codec"], row["code_size"]) == (codec.family, size)), None)
 
 
 def overhead(seconds: dict[str, float]) -> float:
@@ -157,7 +171,12 @@ def plain_cells(rows: list[Row], reference: str | None) -> tuple[list[str], list
         )
     if reference is None:
         header, *lines = [line[:4] + line[5:] for line in [header, *lines]]
-    return header, lines
+    more = {}
+    if any(row.get("claimed") for row in rows):
+        more |= {"claimed ε": lambda row: claim_text(row.get("claimed")), "server ε": lambda row: epsilon_text(row.get("epsilon_server"))}
+    if any("total_error" in row for row in rows):
+        more["total error"] = lambda row: "-" if row.get("total_error") is None else f"{row['total_error']:.2f}"
+    return [*header, *more], [[*line, *(cell(row) for cell in more.values())] for line, row in zip(lines, rows, strict=True)]
 
 
 def with_interval(value: dict[str, Any] | None) -> str:
