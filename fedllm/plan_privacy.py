@@ -22,8 +22,8 @@ from fedllm.schema import Config
 from fedllm.sums import sampling_rate
 
 MOST_CLIENTS = 10**9
-STEP = 1.05  # how closely a needed cohort or population meets its threshold
-TRIALS = 4  # exact calibrations before the search goes up in steps
+STEP = 1.05  # how closely a needed cohort or population is found
+TRIALS = 3  # exact calibrations that the rough ratio leads to before the bracket is halved
 POINTS = 10  # of the epsilon by round
 BLANK = "0" * 16
 
@@ -175,21 +175,24 @@ def guess(config: Config, units: int, groups: int) -> Calibration:
 def least(exact: Callable[[int], float], rough: Callable[[int], float], low: int, high: int, threshold: float) -> int | None:
     """The smallest whole number in [low, high], to within STEP, whose exact ratio is within the threshold; None for none.
 
-    Both ratios fall. The rough one is searched, scaled until it agrees with the exact one where it leads.
+    Both ratios fall. What is returned holds; STEP times less, or one less, was refused or lies below `low`. An exact ratio takes seconds:
+    the rough one, scaled to the exact one where that was last asked, leads to the first TRIALS, and a dozen at most are left after these.
     """
-    scale = 1.0
-    for _ in range(TRIALS):
-        found = bisect(lambda count, scale=scale: scale * rough(count) <= threshold, low, high)
-        at = exact(found)
-        if at <= threshold and (found == low or at * STEP > threshold):
-            return found
-        if not math.isfinite(at) or (found == high and at > threshold):
-            return None
-        scale = at / rough(found)
-    while at > threshold and found < high:
-        found = min(high, math.ceil(found * STEP))
-        at = exact(found)
-    return found if at <= threshold else None
+    refused, holding, scale, calls, stride = 0, high + 1, 1.0, 0, STEP
+    while holding > (first := max(refused + 1, low)) and (holding > high or holding > refused * STEP):
+        led = calls < TRIALS and math.isfinite(scale)
+        likely = bisect(lambda count, scale=scale: scale * rough(count) <= threshold, low, high) if led else 0
+        if first <= likely <= holding:  # no nearer to an end than STEP: if the guess is right, the next call ends the search
+            count = max(min(likely, math.ceil(holding / STEP)), math.floor(refused * STEP), first)
+        elif holding > high:
+            count, stride = math.ceil(refused * stride), min(stride, high) ** 16
+        else:  # the middle; `first` where nothing is refused yet
+            count = max(round(math.sqrt(refused * holding)), first)
+        count = min(count, holding - 1)
+        at, calls = exact(count), calls + 1
+        refused, holding = (refused, count) if at <= threshold else (count, holding)
+        scale = at / rough(count)
+    return holding if holding <= high else None
 
 
 def bisect(holds: Callable[[int], bool], low: int, high: int) -> int:

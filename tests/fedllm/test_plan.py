@@ -110,6 +110,22 @@ def test_the_least_number_that_holds():
     assert least(lambda m: math.inf, lambda m: 1 / m, 1, 15, 0.5) is None
 
 
+@pytest.mark.parametrize("power", [0.05, 0.3, 1, 4])
+@pytest.mark.parametrize("rough", [lambda m: 100 / m**2, lambda m: 0.01 / m**0.1, lambda m: 1.0 if m < 60 else 0.6, lambda m: 1e-9])
+@pytest.mark.parametrize(("low", "high"), [(1, 40), (10, 10**9), (5000, 15_000)])
+def test_a_rough_ratio_that_misleads_costs_no_more_than_a_dozen_calibrations(power, rough, low, high):
+    for first in (1, 7, 38, 600, 5001, 14_999, 3 * 10**6, 10**9, 10**12):
+        asked = []
+
+        def exact(count, first=first, asked=asked):
+            asked.append(count)
+            return 0.5 * (first / count) ** power if power < 4 else (0.1 if count >= first else math.inf)
+
+        found, answer = least(exact, rough, low, high, 0.5), max(first, low)
+        assert found is None if answer > high else answer <= found <= answer * plan_privacy.STEP
+        assert len(set(asked)) == len(asked) <= plan_privacy.TRIALS + 12 and all(low <= count <= high for count in asked)
+
+
 def test_needed_cohort_and_population_reach_the_threshold(configured):
     """With the server's epsilon as target, whose noise is a closed form; by adding one client at a time."""
     target = ["privacy.target.adversary=server", "privacy.target.epsilon=200", "federation.rounds=1", "privacy.target.delta=1e-3"]
