@@ -1,8 +1,6 @@
 """What a paper claims beside what came out of its runs; for the reproduce_*.sh.
 
-    python scripts/reproduce_table.py PAPER RUN_DIR...
-    python scripts/reproduce_table.py --method                                     of the units that EW-Tune protects, as overrides
-    python scripts/reproduce_table.py --true-epsilon ACCOUNTANT CONFIG [key=value ...]
+python scripts/reproduce_table.py PAPER RUN_DIR...
 """
 
 from __future__ import annotations
@@ -25,43 +23,13 @@ Runs = dict[str, dict[str, Any]]
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", metavar="PAPER RUN_DIR | CONFIG key=value")
-    parser.add_argument("--method", action="store_true", help="overrides for units of examples, where there are such units")
-    parser.add_argument("--true-epsilon", metavar="ACCOUNTANT", help="epsilon that holds (PLD) at the noise which ACCOUNTANT chooses")
+    parser.add_argument("paper", metavar="PAPER", help=", ".join(PAPERS))
+    parser.add_argument("folders", nargs="*", type=Path, metavar="RUN_DIR")
     given = parser.parse_args(arguments)
     try:
-        if given.method:
-            print(" ".join(example_method()))
-        elif given.true_epsilon:
-            print(f"{true_epsilon(given.true_epsilon, given.what[0], given.what[1:]):.6f}")
-        else:
-            print(told(given.what[0], [Path(folder) for folder in given.what[1:]]))
+        print(told(given.paper, given.folders))
     except UserError as error:
         sys.exit(f"reproduce: {error}")
-
-
-def example_method() -> list[str]:
-    """DP-SGD over examples where that is a method here; otherwise over clients, which is said."""
-    from fedllm.methods import METHODS
-
-    if "example_level" in METHODS:
-        return ["method=example_level", "federation.clients=10"]
-    print("reproduce: no method example_level here; the units are clients of a few examples each", file=sys.stderr)
-    return ["method=full_noise"]
-
-
-def true_epsilon(accountant: str, config_file: str, overrides: list[str]) -> float:
-    """The PLD epsilon of a config's rounds at the noise that another accountant chooses for its target."""
-    from fedllm.config import load_config
-    from fedllm.privacy import accountants
-    from fedllm.privacy.claims import accountant_multiplier
-    from fedllm.privacy.events import PoissonGaussianEvent
-    from fedllm.sums import sampling_rate
-
-    config = load_config(config_file, overrides)
-    target, rate, rounds = config.privacy.target, sampling_rate(config), config.federation.rounds
-    multiplier = accountant_multiplier(accountant, target.epsilon, target.delta, rounds, rate, config.federation.clients)
-    return accountants.create("pld").compose(PoissonGaussianEvent(multiplier, rate), rounds).epsilon(target.delta).epsilon
 
 
 def told(paper: str, folders: list[Path]) -> str:
@@ -196,10 +164,9 @@ def within(gain: dict[str, Any]) -> str:
 
 
 def true_at_edgeworth(runs: Runs) -> str:
-    run = next((run for name, run in runs.items() if name.startswith("EW")), None)
-    if run is None:
-        return "not run"
-    return f"{epsilon_text(run['epsilon']['release']['epsilon'])} (PLD) at the noise that Edgeworth 1 chose for 8"
+    """What a run at the noise of the first-order estimate claims, and what is true of it."""
+    name = next((name for name in runs if name.startswith("EW")), "EW")
+    return epsilons(name)(runs)
 
 
 PAPERS: dict[str, list[tuple[str, Callable[[Runs], str]]]] = {
