@@ -193,25 +193,38 @@ def _offline(real):
 
 
 CONFIGS = sorted(PAPER.glob("*.yaml"))
-SHAPES = {"llama": (6_738_415_616, "LlamaForCausalLM"), "qwen": (7_721_324_544, "Qwen2ForCausalLM")}
-TRAINED = {"dr-encoder": 8_388_608, "cg-fedllm": 8_388_608, "dp-lora": 4_194_304, "dp-fedlora": 16_777_216}
+SHAPES = {
+    "llama-7b": (6_738_415_616, "LlamaForCausalLM"),
+    "qwen-7b": (7_721_324_544, "Qwen2ForCausalLM"),
+    "roberta-base": (124_647_170, "RobertaForSequenceClassification"),  # with a head
+}
+TRAINED = {"dr-encoder": 8_388_608, "cg-fedllm": 8_388_608, "dp-lora": 4_194_304, "dp-fedlora": 16_777_216, "ew-tune": 887_042}
+UNITS = {"ew-tune": 67_349}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_papers_configs_plan_offline(path, monkeypatch, quick):
-    """Sizes of both models and methods; the calibration, which takes seconds, is not looked at here."""
+    """Sizes of the models and methods; the calibration, which takes seconds, is not looked at here."""
     config = load_config(path)
     monkeypatch.setattr(planning, "calibrate", lambda config, *_: Calibration(1.0, 1.0, 1.0) if config.privacy.enabled else None)
     monkeypatch.setattr(plan_privacy, "POINTS", 1)
-    found = plan(config, Question(model_config=planning.model_folder(config, path)), phase)
-    model, _, method = path.stem.partition("-7b-")
+    model = next(name for name in SHAPES if path.stem.startswith(name))
+    method = path.stem.removeprefix(f"{model}-")
+    asked = Question(model_config=planning.model_folder(config, path), units=UNITS.get(method))
+    found = plan(config, asked, phase)
     assert (found["parameters"], found["model"]["class"]) == SHAPES[model]
     assert found["trainable_parameters"] == TRAINED[method]
     assert found["code_size"] == (131_072 if method in ("dr-encoder", "cg-fedllm") else TRAINED[method])
 
 
 def test_there_is_a_config_for_each_model_and_method():
-    assert {path.stem for path in CONFIGS} == {f"{model}-7b-{method}" for model in SHAPES for method in TRAINED}
+    of_clients = {f"{model}-{method}" for model in ("llama-7b", "qwen-7b") for method in TRAINED if method != "ew-tune"}
+    assert {path.stem for path in CONFIGS} == of_clients | {"roberta-base-ew-tune"}
+
+
+def test_ew_tune_has_the_rate_and_the_rounds_of_its_batches():
+    fed = load_config(PAPER / "roberta-base-ew-tune.yaml").federation
+    assert fed.unit_sampling_rate == pytest.approx(2000 / UNITS["ew-tune"], rel=1e-5) and fed.rounds == 20 * (UNITS["ew-tune"] // 2000)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
