@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import operator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from fedllm.combinations import AGGREGATIONS, ENGINE_NAMES, PARALLEL_MODES, SERVER_OPTIMIZERS, check_engine, refuse_scaffold
 from fedllm.errors import UserError
-from fedllm.methods import apply_method, check_method
+from fedllm.methods import METHODS, apply_method, check_method
 from fedllm.schema import Config
 from fedllm.validate import in_range, one_of
 
@@ -38,13 +39,11 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     if not OmegaConf.is_dict(given):
         raise UserError(f"{path}: expected a mapping of config keys, such as method: dr_encoder")
     for part, where in ((given, str(path)), (extra, "command line")):
-        ranks = OmegaConf.select(part, "lora.r")
-        if OmegaConf.is_list(ranks):
-            raise UserError(f"lora.r={list(ranks)}: expected one rank for all clients; adapters of mixed ranks have no average")
         check_keys(OmegaConf.to_container(part), Config, where)
     try:
+        check_before(OmegaConf.to_container(OmegaConf.merge(given, extra)))
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given, extra))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a mapping where the file has a list
         key = getattr(error, "full_key", None)
         raise UserError(f"{path}: {key + ': ' if key else ''}{_first_line(error)}") from None
     config = apply_method(config, {key: operator.attrgetter(key)(config) for key in dotted(OmegaConf.to_container(extra))})
@@ -65,6 +64,19 @@ def check_keys(given: Any, schema: type, where: str, prefix: str = "") -> None:
             if not isinstance(value, dict):
                 raise UserError(f"{where}: {prefix}{key} expected a mapping, got {value!r}")
             check_keys(value, factory, where, f"{prefix}{key}.")
+
+
+def check_before(given: dict[str, Any]) -> None:
+    """Raise UserError where what the types alone would say of a value does not tell what would be right. given: nested, not yet typed."""
+    method, ranks = given.get("method", Config.method), given.get("lora", {}).get("r")
+    if not isinstance(method, str | int | float):
+        shown = f"{next(iter(method))}:" if isinstance(method, dict) and len(method) == 1 else json.dumps(method)
+        raise UserError(f"method={shown}: expected one of {', '.join(METHODS)}")
+    if isinstance(ranks, list):
+        fixed = METHODS[method].parts if method in METHODS else {}
+        aggregation = fixed.get("federation.aggregation", given.get("federation", {}).get("aggregation"))
+        why = "stacking takes one rank here" if aggregation == "stack" else "adapters of mixed ranks have no average"
+        raise UserError(f"lora.r={ranks}: expected one rank for all clients; {why}")
 
 
 def dotted(given: dict[str, Any], prefix: str = "") -> list[str]:

@@ -196,7 +196,10 @@ def apply_method(config: Config, asked: dict[str, Any] | None = None) -> Config:
     Raises UserError for a method, or a variant of one, that does not exist, and for a key asked for that it fixes otherwise.
     """
     base = config.method.partition(":")[0]
-    one_of("method", config.method, [name for name in METHODS if name.partition(":")[0] == base] or tuple(METHODS))
+    forms = [name for name in METHODS if name.partition(":")[0] == base]
+    if config.method not in METHODS and len(forms) == 1:
+        raise UserError(f"method={config.method}: expected {base}, which has one form alone")
+    one_of("method", config.method, forms or tuple(METHODS))
     config = copy.deepcopy(config)
     for key, value in METHODS[config.method].parts.items():
         if asked and asked.get(key, value) != value:

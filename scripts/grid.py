@@ -42,7 +42,8 @@ def main() -> None:
     try:
         work(arguments)
     except UserError as error:
-        sys.exit(f"grid: {error}")
+        print(f"grid: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def work(arguments: argparse.Namespace) -> None:

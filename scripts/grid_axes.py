@@ -92,11 +92,16 @@ def reference_of(grid: dict[str, Any], name: str) -> str | None:
 
 
 def chosen(grid: dict[str, Any], wanted: list[str]) -> list[str]:
-    """The variants that `--only` names, by their own names or by keys of axes; each that is the same as another becomes it."""
+    """The variants that `--only` names, by their own names or by keys of axes; each that is the same as another becomes it.
+
+    Raises UserError for what names none.
+    """
     cells = grid.get("cells", {})
+    keys = dict.fromkeys(key for cell in cells.values() for key in cell.values())
+    unknown = [name for name in wanted if name not in grid["variants"] and name not in keys]
+    if unknown:
+        raise UserError(f"--only {' '.join(unknown)}: expected {', '.join(keys or grid['variants'])}{', or a variant' if keys else ''}")
     names = [name for name in grid["variants"] if not wanted or name in wanted or set(wanted) & set(cells.get(name, {}).values())]
-    if not names:
-        sys.exit(f"grid: --only {' '.join(wanted)}: expected variants, or keys of axes")
     return list(dict.fromkeys(grid.get("stands_for", {}).get(name, name) for name in names))
 
 

@@ -179,6 +179,10 @@ def test_no_file(tmp_path):
     assert "no such config file" in refusal(tmp_path)
 
 
+def test_a_mapping_over_a_list_is_one_line(write):
+    refusal(write("task: {words: [a, b]}"), "task.words.x=1")
+
+
 @pytest.mark.parametrize("override", ["rounds", "=3", "--rounds", ""])
 def test_an_override_without_key_or_value(override, empty):
     assert "expected key=value" in refusal(empty, override)
@@ -206,6 +210,12 @@ NAMES = {
 def test_a_wrong_name_lists_the_right_ones(key, empty):
     said = refusal(empty, f"{key}={NAMES[key]}")
     assert said.startswith(f"{key}={NAMES[key]}: expected one of ")
+
+
+@pytest.mark.parametrize(("value", "shown"), [("dr_encoder:", "dr_encoder:"), ("null", "null"), ("[a]", '["a"]')])
+def test_a_method_that_is_no_name_is_told_which_there_are(value, shown, empty, write):
+    for said in (refusal(empty, f"method={value}"), refusal(write(f"method: {{{value} }}" if ":" in value else f"method: {value}"))):
+        assert said.startswith(f"method={shown}: expected one of dr_encoder, dr_encoder:published, ")
 
 
 RANGES = [
@@ -288,7 +298,11 @@ COMBINATIONS = [
     (["privacy.unit=patient"], "privacy.unit=patient: expected one of client, user, example"),
     ([*USER, "federation.partition.kind=dirichlet"], "federation.partition.kind=dirichlet: expected iid or column"),
     (["privacy.unit=user", "task.columns.user=user", "federation.expected_cohort=5000"], "federation.unit_sampling_rate: expected a rate"),
-    (["lora.r=[4,8]"], "lora.r=[4, 8]: expected one rank for all clients"),
+    (["lora.r=[4,8]"], "lora.r=[4, 8]: expected one rank for all clients; adapters of mixed ranks have no average"),
+    (["lora.r=[4,8]", "method=flora"], "lora.r=[4, 8]: expected one rank for all clients; stacking takes one rank here"),
+    (["lora.r=[4,8]", "federation.aggregation=stack"], "lora.r=[4, 8]: expected one rank for all clients; stacking takes one rank here"),
+    (["method=flora:published"], "method=flora:published: expected flora, which has one form alone"),
+    (["method=dp_lora:publish"], "method=dp_lora:publish: expected one of dp_lora, dp_lora:published; did you mean dp_lora:published?"),
     (["codec.decode=each", "codec.prior=public+released", "privacy.noise=local"], "codec.decode=each: expected mean with codec.prior"),
     (["privacy.unit=user", "federation.unit_sampling_rate=0.5"], "task.columns.user: expected the column"),
     ([*USER, "federation.unit_sampling_rate=0"], "federation.unit_sampling_rate=0"),

@@ -276,7 +276,7 @@ def test_raw_gradients_without_privacy_are_a_diagnostic(configured, tmp_path):
     ("overrides", "message"),
     [
         (["method=dp_fedlora:publishd"], "method=dp_fedlora:publishd: expected one of dp_fedlora, dp_fedlora:published; did you mean"),
-        (["method=fedit:published"], "method=fedit:published: expected one of fedit"),
+        (["method=fedit:published"], "method=fedit:published: expected fedit, which has one form alone"),
         (["method=dp_fedlorra"], "did you mean dp_fedlora"),
         (["codec.prior=real"], "its training set is a release"),
         (["codec.prior=real", "privacy.enabled=false", "codec.fit_at=client"], "do not hold one another's gradients"),

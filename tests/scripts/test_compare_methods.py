@@ -69,6 +69,8 @@ def test_wrong_options(checkout):
     for script in ("compare_methods.sh", "reproduce_dp_lora.sh"):
         done = checkout(script, "--frob")
         assert done.returncode == 2 and "unknown option --frob" in done.stderr
+    done = checkout("compare_methods.sh", "--report", "--only", "nosuch")
+    assert done.returncode == 2 and done.stderr.startswith("grid: --only nosuch: expected movie-reviews, dr_encoder, ")
 
 
 def trained(folder):

@@ -56,8 +56,10 @@ def test_what_is_the_same_is_trained_once_and_compared_within_its_task(axes, loa
     assert axes.chosen(grid, ["two"]) == ["two-dp_lora-eps3", "two-fedit-inf"]
     assert axes.chosen(grid, ["one-dp_lora-inf"]) == ["one-fedit-inf"]
     assert axes.reference_of(grid, "two-dp_lora-eps3") == "two-fedit-inf"
-    with pytest.raises(SystemExit, match="--only nobody"):
-        axes.chosen(grid, ["nobody"])
+    with pytest.raises(axes.UserError, match=r"^--only nobody: expected one, dp_lora, eps3, inf, fedit, two, or a variant$"):
+        axes.chosen(grid, ["dp_lora", "nobody"])
+    with pytest.raises(axes.UserError, match=r"^--only nobody: expected a, b$"):
+        axes.chosen({"variants": {"a": [], "b": []}}, ["nobody"])
 
 
 def test_a_grid_extends_another_axis_by_axis(axes, load, tmp_path):
