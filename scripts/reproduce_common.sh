@@ -58,7 +58,7 @@ each() {
 }
 
 # sized CONFIG [key=value ...]: the default size of this paper; --quick and --full (configs/paper/MODEL-PAPER.yaml) have their own. Papers
-# know no public text of the task's own subject and no start on it.
+# know no public text of the task's own subject and no start on it. --quick keeps the epsilon, which the paper's claim is about.
 plain=(task.public=newsgroups codec.public_labels=random federation.warm_start.steps=0 federation.server.schedule=constant)
 # Newswire (Reuters R8), which several papers' default size takes; four stories a client.
 newswire=(task.source=reuters-r8 federation.clients=1370 task.eval_examples=1000 task.monitor_examples=20 task.max_length=40)
@@ -73,6 +73,10 @@ sized() {
     elif [ "$size" = quick ]; then
         config=$runs/tiny/config.yaml
         common=(codec.fit_steps=2)
+        local setting
+        for setting in "$@"; do
+            case $setting in privacy.target.epsilon=*) common+=("$setting") ;; esac
+        done
         [ -f "$config" ] || "$python" scripts/tiny_model.py "$runs/tiny"
     fi
 }

@@ -88,6 +88,8 @@ def test_the_papers_runs_have_configs_that_hold_together(checkout, tmp_path, pap
     assert len(set(folders)) == len(configs) >= 3 and all(folder.startswith(f"runs/reproduce/{paper}-quick/") for folder in folders)
     assert {paper, f"{paper}:published"} <= {config.method for config in configs}
     assert paper == "ew_tune" or "fedit" in {config.method for config in configs}
+    epsilon = {"dp_lora": 2, "dp_fedlora": 25}.get(paper, 8)
+    assert {config.privacy.target.epsilon for config in configs} == {epsilon}
     assert done.stdout.strip().endswith("no finished run yet")
 
 
