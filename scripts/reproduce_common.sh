@@ -95,7 +95,9 @@ run() {
     if [ -f "$folder/results.json" ]; then done_runs+=("$folder"); fi
 }
 
-# tell: claims of the paper, and the runs
+# tell: claims of the paper, and the runs; also into $runs/table.md where there are any
 tell() {
-    "$python" scripts/reproduce_table.py "$paper" ${done_runs[@]+"${done_runs[@]}"}
+    local file=/dev/null
+    if [ ${#done_runs[@]} -gt 0 ]; then file=$runs/table.md; fi
+    "$python" scripts/reproduce_table.py "$paper" ${done_runs[@]+"${done_runs[@]}"} | tee "$file"
 }

@@ -91,6 +91,7 @@ def test_the_papers_runs_have_configs_that_hold_together(checkout, tmp_path, pap
     epsilon = {"dp_lora": 2, "dp_fedlora": 25}.get(paper, 8)
     assert {config.privacy.target.epsilon for config in configs} == {epsilon}
     assert done.stdout.strip().endswith("no finished run yet")
+    assert not list((tmp_path / "runs").rglob("table.md"))
 
 
 def test_the_runs_of_ew_tune_differ_in_nothing_but_the_noise(checkout, tmp_path):
@@ -139,6 +140,18 @@ def test_full_reaches_every_model_and_text_of_the_paper(checkout, tmp_path, pape
 def test_one_model_or_task_of_full(checkout, options, says):
     done = checkout("reproduce_ew_tune.sh", *options)
     assert done.returncode == 2 and says in done.stderr
+
+
+def test_the_printed_table_is_kept_beside_the_runs(checkout, tmp_path):
+    runs = tmp_path / "runs" / "reproduce" / "ew_tune-quick"
+    (runs / "tiny").mkdir(parents=True)
+    shutil.copy(ROOT / "configs" / "classify.yaml", runs / "tiny" / "config.yaml")  # not read: nothing is trained
+    (runs / "PRV-seed1").mkdir()
+    (runs / "PRV-seed1" / "results.json").write_text("{}")
+    (tmp_path / "scripts" / "reproduce_table.py").write_text("import sys; print(*sys.argv[1:])")
+    done = checkout("reproduce_ew_tune.sh", "--quick", "--report")
+    assert done.returncode == 0 and done.stdout == "ew_tune runs/reproduce/ew_tune-quick/PRV-seed1\n"
+    assert (runs / "table.md").read_text() == done.stdout
 
 
 @pytest.fixture
