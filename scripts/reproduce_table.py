@@ -175,7 +175,7 @@ PAPERS: dict[str, list[tuple[str, Callable[[Runs], str]]]] = {
         ("the encoder saves bytes, 1/64", compression("published")),
         ("a random Gaussian prior is enough to fit the encoder", points("corrected-autoencoder")),
         ("accuracy on MMLU and C-Eval survives (which hardly move under LoRA at all)", points("published")),
-        ("(not in the paper) an encoder that knows public gradients, against noise in all n", points("corrected-linear", "no-encoder")),
+        ("(not in the paper) an encoder that knows public gradients, against noise in all n", points("corrected-kronecker", "no-encoder")),
     ],
     "cg_fedllm": [
         ("1/64 of the bytes", compression("published")),
