@@ -100,4 +100,7 @@ tell() {
     local file=/dev/null
     if [ ${#done_runs[@]} -gt 0 ]; then file=$runs/table.md; fi
     "$python" scripts/reproduce_table.py "$paper" ${done_runs[@]+"${done_runs[@]}"} | tee "$file"
+    if [ "$size" = full ] && [ ${#done_runs[@]} -gt 0 ]; then
+        echo "Question benchmarks, where the paper states them: $fedllm evaluate RUN --tasks mmlu (bash scripts/setup.sh eval)"
+    fi
 }
