@@ -58,12 +58,11 @@ def total_error(grid: dict[str, Any], name: str, code_size: int | None) -> float
     """What `codec bench` found for a variant's codec: the share of the signal that projection and noise lose; None for one not in it."""
     from fedllm.config import load_config
 
-    codec = load_config(grid["config"], [*grid.get("common", []), *grid["variants"][name]]).codec
-    bench = json.loads(Path(grid["bench"]["file"]).read_text())
-    size = bench["parameters"] if codec.family == "identity" else code_size
-    if codec.prior == "moments" or (codec.family == "chain" and list(codec.parts) != grid["bench"]["parts"]):
+    config = load_config(grid["config"], [*grid.get("common", []), *grid["variants"][name]])
+    codec, bench = config.codec, json.loads(Path(grid["bench"]["file"]).read_text())
+    if not config.privacy.enabled or codec.prior == "moments" or (codec.family == "chain" and list(codec.parts) != grid["bench"]["parts"]):
         return None
-    return next((row["total_error"] for row in bench["rows"] if (row["codec"], row["code_size"]) == (codec.family, size)), None)
+    return next((row["total_error"] for row in bench["rows"] if (row["codec"], row["code_size"]) == (codec.family, code_size)), None)
 
 
 def overhead(seconds: dict[str, float]) -> float:
