@@ -8,8 +8,6 @@ from typing import Any
 
 from fedllm.plots import COLOURS, MARKERS, WARNING, _figure, _save, _style
 
-NEAR_ZERO = 0.01  # errors closer to zero stand on a linear scale
-
 
 def bench_figure(found: Mapping[str, Any], path: str | Path) -> Path:
     """Rate-distortion curves of every codec and prior, and their error after noise with its minimum marked. Returns `path`."""
@@ -42,7 +40,6 @@ def bench_figure(found: Mapping[str, Any], path: str | Path) -> Path:
         kept.set_ylabel("share of the signal's energy kept")
         kept.set_ylim(min(0, kept.get_ylim()[0]), 1.05)
         error.set_ylabel("signal's energy missed after clip and noise (ring: least)")
-        error.set_yscale("symlog", linthresh=NEAR_ZERO)  # estimates without bias: some fall below zero
         for axis in (kept, error):
             axis.set_xscale("log", base=2)
             axis.set_xlabel("numbers in the code")
