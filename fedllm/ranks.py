@@ -298,6 +298,7 @@ def hush() -> None:
 _PLAIN = {
     ("fedllm.ranks", "_tensor"), ("numpy", "dtype"), ("numpy", "ndarray"), ("numpy._core.numeric", "_frombuffer"),
     ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "scalar"), ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"), ("pathlib", "WindowsPath"),
     *(("builtins", name) for name in ("set", "frozenset", "slice", "range", "complex", "bytearray")),
 }  # fmt: skip
 
@@ -326,7 +327,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows arrays, tensors, containers, exceptions and this project's own classes: bytes of anyone else's making call nothing."""
+    """Knows arrays, tensors, containers, paths, exceptions and this project's own classes: bytes of anyone else's making call nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _PLAIN:

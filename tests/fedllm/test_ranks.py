@@ -110,15 +110,15 @@ def test_unpacking_calls_nothing_of_others(what):
         ranks.unpack(ranks.pack(Bad()))
 
 
-def test_packing_keeps_values_as_they_are():
-    value = {"t": torch.arange(6).reshape(2, 3).T, "e": torch.empty(0), "n": np.arange(3.0), "s": slice(1, 2)}
+def test_packing_keeps_values_as_they_are(tmp_path):
+    value = {"t": torch.arange(6).reshape(2, 3).T, "e": torch.empty(0), "n": np.arange(3.0), "s": slice(1, 2), "p": tmp_path}
     value["h"] = torch.ones(2, dtype=torch.bfloat16)
     parts = ranks.pack(value)
     back = ranks.unpack([part.clone() for part in parts])
     assert torch.equal(back["t"], value["t"]) and back["e"].shape == (0,) and back["n"].tolist() == [0, 1, 2]
     assert back["s"] == slice(1, 2) and back["h"].dtype is torch.bfloat16
     assert len(parts[0]) < 2000  # the pickle holds no numbers,
-    assert back["h"].tolist() == [1, 1]
+    assert back["h"].tolist() == [1, 1] and back["p"] == tmp_path
     many = torch.zeros(1000)
     assert ranks.pack(many)[1].data_ptr() == many.data_ptr()  # and these are not copied
 
