@@ -192,7 +192,7 @@ PAPERS: dict[str, list[tuple[str, Callable[[Runs], str]]]] = {
         ("epsilon 25 a round", epsilons("published")),
         ("MMLU 44.64 -> 42.45, BBH 38.96 -> 38.52, CRASS 38.09 -> 22.73", several(points("published"), points("corrected"))),
         ("adapters clipped to 0.1, noised, averaged", noise_of_adapters),
-        ("(not in the paper) the corrected form, 1370 clients, cohorts of 100", points("corrected-many-clients")),
+        ("(not in the paper) the corrected form, 1370 clients, cohorts of 50", points("corrected-many-clients")),
     ],
     "ew_tune": [
         ("epsilon 8 (8.29 to 9.60 is true of its seven settings)", true_at_edgeworth),
