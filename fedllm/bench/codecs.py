@@ -216,7 +216,11 @@ def step(
             candidate.working_bytes = max(0, held.peak - stored_bytes(candidate.codec))
     codec, clip, noise_std = candidate.codec, None, 0.0
     if noise and codec.summable:
-        clip = public.clip_norm(rows, codec.encode, config, per_unit)
+        try:
+            clip = public.clip_norm(rows, codec.encode, config, per_unit)
+        except UserError as error:  # codes of public gradients that are all zero: of A alone, at LoRA's start
+            candidate.failed = str(error)
+            return
         noise_std = noise * clip / expected
     noisy = add(candidate.score, codec, cohorts, noise_std, rng, clip)
     if noisy is not None and "released" in candidate.prior:

@@ -308,6 +308,16 @@ def test_updates_without_a_figure_are_one_line(overrides, says, status, tiny, tm
     assert says in captured.err and "a bug" not in captured.err and captured.out == "" and not (tmp_path / "out").exists()
 
 
+def test_a_code_without_a_clip_norm_is_its_own_failure(tiny, tmp_path, capsys, monkeypatch):
+    """Public gradients whose codes are zero, as those of A alone at LoRA's start: the other codes are told."""
+    arguments = ["--rounds", "1", "--sizes", "8", "--codecs", "linear,sketch", "--out", str(tmp_path / "out"), "--json"]
+    monkeypatch.setattr(CODECS["sketch"], "encode", lambda self, updates: torch.zeros(len(updates), self.code_size))
+    assert cli.run(["codec", "bench", str(tiny / "config.yaml"), *arguments]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [each["codec"] for each in answer["failed"]] == ["sketch"] and "privacy.clip.norm=auto" in answer["failed"][0]["reason"]
+    assert next(row for row in answer["rows"] if row["codec"] == "linear")["kept_energy_mean"] is not None
+
+
 def test_a_warm_start_that_diverges_is_one_line(tiny, tmp_path, capsys, own_cache):
     written = ["task.public=generated", "task.generate={prompt: 'a {label} film of {words}', count: 20, max_new_tokens: 4}"]
     overrides = [*written, "codec.public_labels=given", "codec.public_examples=10", "federation.warm_start={steps: 3, lr: 1e37}"]
