@@ -74,10 +74,10 @@ def fit_to_samples(
 
 
 def with_noise(codes: Tensor, noise_std: float, generator: torch.Generator) -> Tensor:
-    """Codes [count, k] with Gaussian noise of noise_std times their root mean square norm in every coordinate."""
+    """Codes [count, ...] with Gaussian noise of noise_std times their root mean square norm in every coordinate."""
     if noise_std == 0:
         return codes
-    norm = codes.detach().square().sum(1).mean().sqrt()
+    norm = codes.detach().flatten(1).square().sum(1).mean().sqrt()
     return codes + noise_std * norm * torch.randn(codes.shape, generator=generator)
 
 

@@ -74,7 +74,10 @@ class AdapterLayout:
 
     def spread(self, per_factor: Tensor) -> Tensor:
         """One number a factor [L] -> one number a coordinate [n]."""
-        return per_factor.repeat_interleave(torch.tensor([factor.size for factor in self.factors]))
+        spread = torch.empty(self.size, dtype=per_factor.dtype)  # repeat_interleave would make an index of n places
+        for factor, value in zip(self.factors, per_factor, strict=True):
+            spread[factor.offset : factor.stop] = value
+        return spread
 
     def fingerprint(self) -> str:
         """16 hex digits over names and shapes."""

@@ -60,7 +60,9 @@ class GaussianPrior:
         """Draw `count` synthetic updates [count, n]."""
         if self.rows is None:
             white = torch.randn(count, self.layout.size, generator=generator)
-            return white.mul_(self.layout.spread(self.std)).add_(self.layout.spread(self.mean))
+            for factor, mean, std in zip(self.layout.factors, self.mean, self.std, strict=True):
+                white[:, factor.offset : factor.stop].mul_(std).add_(mean)
+            return white
         mix = torch.randn(count, len(self.rows), generator=generator) / len(self.rows) ** 0.5
         return mix @ self.rows
 

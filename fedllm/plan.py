@@ -65,11 +65,10 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """A codec that is not fitted: numbers sent, bytes kept (file and, with what is derived, memory), bytes on top while it is fitted."""
+    """A codec that is not fitted: numbers sent, bytes kept (in a file and in memory), bytes on top while it is fitted."""
 
     size: int
     stored: int
-    held: int
     fitting: int
 
 
@@ -162,13 +161,11 @@ def code_of(config: Config, layout: AdapterLayout) -> Code:
     factors = [(factor.shape[0], factor.size // factor.shape[0]) for factor in layout.factors]
     diagonal = settings.prior == "moments" and settings.family in ("linear", "kronecker")
     family = "coordinate" if diagonal else settings.family
-    derived = 0
     if family == "autoencoder":
         size = required_code_size(n)
         with torch.device("meta"):
             weights = ConvAutoEncoder(image_shape(n), WIDTHS).state_dict().values()
         stored = sum(4 * weight.numel() for weight in weights) + 4 * size + 12 * len(factors)
-        derived = 4 * n  # the scale of each coordinate
     elif family == "chain":
         outer, inner = settings.parts
         between = n if outer == "allocation" else min(WIDER * size, n)
@@ -185,7 +182,7 @@ def code_of(config: Config, layout: AdapterLayout) -> Code:
     else:
         raise UserError(f"codec.family={family}: cannot be planned; expected one of {', '.join(sorted(memory.STORED))}")
     working = memory.FITTING.get(family, lambda *_: 0)(stored, n, public_rows(config), factors)
-    return Code(size, stored, stored + derived, working)
+    return Code(size, stored, working)
 
 
 def bytes_of(config: Config, sums: list[PrivateSum], update_size: int, code: Code, dense: int = 0) -> dict[str, Any]:
@@ -254,7 +251,7 @@ def memory_of(
             shape, tokens, width, layer, item, asked.attention, checkpointing=ranks.checkpointing, next_token=text
         ),
         "optimizer": memory.optimizer_bytes(n, config.federation.server.optimizer, ranks),
-        "codec": code.held * (2 if config.codec.fit_at == "client" else 1),
+        "codec": code.stored * (2 if config.codec.fit_at == "client" else 1),
         "updates": memory.update_bytes(n, math.ceil(units), CHUNK_BYTES if config.federation.local.steps == 1 else 0),
         "public_gradients": memory.public_bytes(n, given),
         "remembered": memory.public_bytes(n, given * min(config.codec.public_memory, refit_count(config) - 1)),
@@ -293,7 +290,7 @@ def phases_of(config: Config, parts: dict[str, int], code: Code, batch_rows: int
     batch = parts["activations"] + parts["working"]
     old = parts["codec"] if refits > 1 else 0
     mixed = memory_rows + rows if memory_rows or "+" in config.codec.prior else 0
-    fitting = max(code.held + code.fitting, mixed)
+    fitting = max(code.stored + code.fitting, mixed)
     remembers = rows if config.codec.public_memory else 0  # these are remembered from now on
     return {
         "public gradients": batch + old + max(0, rows - batch_rows) + (CHUNK_BYTES if rows > CHUNK_BYTES else 0),

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dr_encoder.codecs.autoencoder import BAND, WINDOW
 from dr_encoder.codecs.kronecker import KEPT as KRONECKER_KEPT
 from dr_encoder.codecs.kronecker import MAX_COLUMNS as KRONECKER_COLUMNS
 from fedllm.errors import UserError
@@ -205,7 +206,7 @@ FITTING: dict[str, Callable[[int, int, int, list[tuple[int, int]]], int]] = {
     "linear": lambda stored, n, rows, factors: 2 * stored,
     "chain": lambda stored, n, rows, factors: 2 * stored,
     "kronecker": lambda stored, n, rows, factors: 5 * FLOAT * rows * max(p * q for p, q in factors) + _bases(factors),
-    "autoencoder": lambda stored, n, rows, factors: 50 * FLOAT * n,
+    "autoencoder": lambda stored, n, rows, factors: FLOAT * (n + max(11 * min(n, WINDOW), 4 * min(n, BAND * 3 // 2))),
 }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dr_encoder.codecs.base import Codec, register, require_prior, wiener_gain
@@ -45,9 +46,10 @@ class AllocationCodec(Codec):
         if not moment.any():
             raise ValueError("Expected a prior with a factor that is not zero: there is nothing to share out by")
         root = moment.pow(0.25)
-        scale = layout.spread(root.clamp_min(_LEAST * root.max()))
-        scale = scale / scale.square().mean().sqrt()
-        return cls(scale.float(), (layout.spread(moment) / scale.square()).float())
+        scale = root.clamp_min(_LEAST * root.max())
+        sizes = torch.tensor([factor.size for factor in layout.factors], dtype=torch.float64)
+        scale = scale / ((sizes * scale.square()).sum() / layout.size).sqrt()
+        return cls(layout.spread(scale.float()), layout.spread((moment / scale.square()).float()))
 
     def encode(self, updates: Tensor) -> Tensor:
         return updates / self.scale
@@ -56,7 +58,7 @@ class AllocationCodec(Codec):
         return self.encode(updates)
 
     def decode(self, mean_code: Tensor, noise_std: float = 0.0) -> Tensor:
-        return mean_code * wiener_gain(mean_code, noise_std, self.variance) * self.scale
+        return wiener_gain(mean_code, noise_std, self.variance).mul_(mean_code).mul_(self.scale)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {"scale": self.scale, "variance": self.variance}, {}

@@ -5,6 +5,10 @@ convolutions halve it to 64 channels of H/64 x W/64, three residual blocks and a
 decoder mirrors this. The papers leave the widths in between open; narrow ones at high resolution let two CPU cores fit
 it in a minute.
 
+Large images pass in parts. Encoder and decoder take bands of rows with a tile (64) more on either side, which is all that a
+tile depends on, so the answer is the whole image's. The fit takes a random window of every sample, as is usual for
+convolutions: its memory is then that of a window, whatever the update's length.
+
 Two choices here are ours. No layer has a bias, so a zero update gets the zero code, the zero code decodes to no change,
 and the decoder scales with its code (a cohort's mean code is much smaller than a single one). Nothing normalises over
 the batch, so that a unit's code depends on that unit alone.
@@ -19,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,7 +41,8 @@ WIDTHS = (4, 8, 16, 32, 64, 64)
 _BLOCKS = 3
 _SLOPE = 0.5
 _LONGEST_SIDE = 4
-_UNITS_AT_ONCE = 8
+BAND = 1 << 20  # numbers of an image that are encoded or decoded at once
+WINDOW = 1 << 18  # numbers of a sample that one step of the fit sees
 _VARIANCE_SAMPLES = 8
 
 
@@ -71,7 +77,7 @@ class ResidualBlock(nn.Module):
 
 
 class ConvAutoEncoder(nn.Module):
-    """Images [units, 1, H, W] <-> codes [units, H W / 64]."""
+    """Images [units, 1, H, W] <-> latents [units, 64, H/64, W/64]: H W / 64 numbers."""
 
     def __init__(self, shape: tuple[int, int], widths: tuple[int, ...]):
         super().__init__()
@@ -87,13 +93,26 @@ class ConvAutoEncoder(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def encoder(self, images: Tensor) -> Tensor:
-        latent = torch.tanh(self.down(images.contiguous(memory_format=torch.channels_last)))
-        return rearrange(latent, "units channel row column -> units (channel row column)")
+        """Images [units, 1, H, W] -> latents [units, 64, H/64, W/64]."""
+        return self.finish(self.halve(images))
 
-    def decoder(self, codes: Tensor) -> Tensor:
-        shape = {"row": self.rows, "column": self.columns}
-        latent = rearrange(codes, "units (channel row column) -> units channel row column", **shape)
-        return self.up(latent.contiguous(memory_format=torch.channels_last))
+    def halve(self, images: Tensor) -> Tensor:
+        """The strided convolutions: a row of the result depends on its tile and on those above and below."""
+        return self.down[:-_BLOCKS](images.contiguous(memory_format=torch.channels_last))
+
+    def finish(self, latents: Tensor) -> Tensor:
+        return torch.tanh(self.down[-_BLOCKS:](latents))
+
+    def decoder(self, latents: Tensor) -> Tensor:
+        """Latents [units, 64, H/64, W/64] -> images [units, 1, H, W]."""
+        return self.double(self.begin(latents))
+
+    def begin(self, latents: Tensor) -> Tensor:
+        return self.up[:_BLOCKS](latents.contiguous(memory_format=torch.channels_last))
+
+    def double(self, latents: Tensor) -> Tensor:
+        """The transposed convolutions: a tile of the result depends on its latent row and on those above and below."""
+        return self.up[_BLOCKS:](latents)
 
 
 @register("autoencoder")
@@ -110,8 +129,9 @@ class AutoEncoderCodec(Codec):
         self.network = network.eval().requires_grad_(False)
         self.factor_std, self.factor_sizes, self.code_variance = factor_std, factor_sizes, code_variance
         self.losses: list[float] = []
-        self._scale = factor_std.repeat_interleave(factor_sizes)
-        self.update_size = len(self._scale)
+        ends = factor_sizes.cumsum(0).tolist()
+        self._factors = list(zip([0, *ends], ends, factor_std.tolist(), strict=False))
+        self.update_size = ends[-1]
         self.shape = (network.rows * RATIO, network.columns * RATIO)
         self.code_size = len(code_variance)
 
@@ -156,8 +176,12 @@ class AutoEncoderCodec(Codec):
         sizes = torch.tensor([factor.size for factor in layout.factors])
         codec = cls(network, prior.std.float().clone(), sizes, torch.ones(wanted))
 
+        window = window_shape(shape)
+
         def images(count: int, source: torch.Generator) -> Tensor:
-            return codec._to_images(prior.sample(count, source))
+            top, left = (random_tile(whole - part, source) for whole, part in zip(shape, window, strict=True))
+            sample = prior.sample(count, source)
+            return codec._to_images(sample, top, top + window[0])[..., left : left + window[1]].clone()
 
         network.requires_grad_(True)
         codec.losses = fit_to_samples(
@@ -166,22 +190,39 @@ class AutoEncoderCodec(Codec):
             steps=steps,
             batch_size=batch_size,
             learning_rate=learning_rate,
-            noise_std=noise_std,
+            noise_std=noise_std * math.sqrt(math.prod(shape) / math.prod(window)),  # a window has so much less of the clip norm
             generator=generator,
             progress=progress,
         )
         network.requires_grad_(False)
-        codec.code_variance = codec._channel_variance(prior.sample(_VARIANCE_SAMPLES, generator))
+        codes = torch.cat([codec.encode(prior.sample(1, generator)) for _ in range(_VARIANCE_SAMPLES)])
+        codec.code_variance = codec._channel_variance(codes)
         return codec
 
     @torch.no_grad()
     def encode(self, updates: Tensor) -> Tensor:
-        return torch.cat([self.network.encoder(self._to_images(part)) for part in updates.split(_UNITS_AT_ONCE)])
+        codes = torch.empty(len(updates), self.code_size)
+        for place, code in enumerate(codes):
+            latents = [
+                self.network.halve(self._to_images(updates[place : place + 1], RATIO * first, RATIO * last))[:, :, start:stop]
+                for first, last, start, stop in bands(*self.shape)
+            ]
+            code.copy_(self.network.finish(torch.cat(latents, 2)).flatten())
+        return codes
 
     @torch.no_grad()
     def decode(self, mean_code: Tensor, noise_std: float = 0.0) -> Tensor:
         shrunk = mean_code * wiener_gain(mean_code, noise_std, self.code_variance)
-        return self._to_updates(self.network.decoder(shrunk.float()[None]))[0]
+        shape = {"row": self.network.rows, "column": self.network.columns}
+        latents = self.network.begin(rearrange(shrunk.float(), "(channel row column) -> 1 channel row column", **shape))
+        update = torch.empty(self.update_size)
+        for first, last, start, stop in bands(*self.shape):
+            band = self.network.double(latents[:, :, first:last])[0, 0, RATIO * start : RATIO * stop].flatten()
+            place = (first + start) * RATIO * self.shape[1]
+            update[place : place + len(band)] = band[: max(self.update_size - place, 0)]
+        for start, stop, scale in self._factors:
+            update[start:stop] *= scale
+        return update
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         weights = {f"network.{key}": value.contiguous() for key, value in self.network.state_dict().items()}
@@ -196,24 +237,50 @@ class AutoEncoderCodec(Codec):
         network.load_state_dict(weights)
         return cls(network, tensors["factor_std"], tensors["factor_sizes"], tensors["code_variance"])
 
-    def _to_images(self, updates: Tensor) -> Tensor:
-        whitened = torch.where(self._scale > 0, updates / self._scale, 0.0)
-        padded = functional.pad(whitened, (0, math.prod(self.shape) - self.update_size))
-        return rearrange(padded, "units (row column) -> units 1 row column", row=self.shape[0])
+    def _to_images(self, updates: Tensor, top: int, bottom: int) -> Tensor:
+        """Rows top to bottom of the updates' whitened, padded images: [units, 1, bottom - top, W]."""
+        first, last = top * self.shape[1], bottom * self.shape[1]
+        flat = torch.zeros(len(updates), last - first)
+        for start, stop, scale in self._factors:
+            start, stop = max(start, first), min(stop, last)
+            if start < stop and scale > 0:
+                torch.div(updates[:, start:stop], scale, out=flat[:, start - first : stop - first])
+        return rearrange(flat, "units (row column) -> units 1 row column", column=self.shape[1])
 
-    def _to_updates(self, images: Tensor) -> Tensor:
-        flat = rearrange(images, "units 1 row column -> units (row column)")
-        return flat[:, : self.update_size] * self._scale
-
-    def _channel_variance(self, updates: Tensor) -> Tensor:
-        """Mean square of each code coordinate, pooled over the positions of a channel: [k]."""
-        codes = rearrange(self.encode(updates), "units (channel place) -> channel (units place)", channel=RATIO)
+    def _channel_variance(self, codes: Tensor) -> Tensor:
+        """Mean square of each coordinate of codes [units, k], pooled over the positions of a channel: [k]."""
+        codes = rearrange(codes, "units (channel place) -> channel (units place)", channel=RATIO)
         return codes.square().mean(1).repeat_interleave(self.code_size // RATIO)
+
+
+def bands(height: int, width: int) -> Iterator[tuple[int, int, int, int]]:
+    """Tile rows of an image in bands of about `BAND` numbers: first and last row with the neighbours they depend on, and start and stop
+    of the band's own rows among these."""
+    rows = height // RATIO
+    step = max(BAND // (RATIO * width), 1)
+    for own in range(0, rows, step):
+        end = min(own + step, rows)
+        first, last = max(own - 1, 0), min(end + 1, rows)
+        yield first, last, own - first, end - first
+
+
+def window_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    """The image itself where it has at most `WINDOW` numbers; else sides that are multiples of 64, as near to a square as fits."""
+    if math.prod(shape) <= WINDOW:
+        return shape
+    short = min(min(shape), math.isqrt(WINDOW) // RATIO * RATIO)
+    long = min(max(shape), WINDOW // short // RATIO * RATIO)
+    return (short, long) if shape[0] <= shape[1] else (long, short)
+
+
+def random_tile(room: int, generator: torch.Generator) -> int:
+    """A multiple of 64 in 0 to room; nothing is drawn where there is no choice."""
+    return RATIO * int(torch.randint(room // RATIO + 1, (), generator=generator)) if room else 0
 
 
 def _activated(layers: list[nn.Module]) -> list[nn.Module]:
     """Layers with an activation between, none after the last."""
-    return [part for layer in layers for part in (layer, nn.LeakyReLU(_SLOPE))][:-1]
+    return [part for layer in layers for part in (layer, nn.LeakyReLU(_SLOPE, inplace=True))][:-1]
 
 
 def _initialise(network: ConvAutoEncoder, generator: torch.Generator) -> None:

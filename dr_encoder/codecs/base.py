@@ -134,6 +134,9 @@ def require_no_noise(noise_std: float, family: str) -> None:
         raise ValueError(f"Expected noise_std={noise_std} = 0: codes of family {family} cannot be summed, so they carry no noise")
 
 
+_PART = 1 << 20  # numbers that are summed in float64 at once
+
+
 def wiener_gain(mean_code: Tensor, noise_std: float, prior_variance: Tensor, least: float = 0.1) -> Tensor:
     """Shrink factor v_j / (v_j + s^2) of each coordinate of a noisy mean code: free post-processing.
 
@@ -147,6 +150,7 @@ def wiener_gain(mean_code: Tensor, noise_std: float, prior_variance: Tensor, lea
         return torch.zeros_like(mean_code)
     noise = noise_std**2
     floor = least * noise * len(mean_code)
-    scale = max(float((mean_code.double().square() - noise).sum()), floor) / float(prior_variance.double().sum())
-    variance = scale * prior_variance
-    return variance / (variance + noise)
+    energy = sum(float(part.double().square().sum()) for part in mean_code.split(_PART)) - noise * len(mean_code)
+    scale = max(energy, floor) / sum(float(part.double().sum()) for part in prior_variance.split(_PART))
+    ratio = prior_variance.reciprocal().mul_(max(noise / scale, torch.finfo(torch.float32).tiny))  # s^2 / v, infinite where v is zero
+    return ratio.add_(1).reciprocal_()  # in place: with no codec at all this is as long as the update

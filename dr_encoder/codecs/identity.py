@@ -39,7 +39,7 @@ class IdentityCodec(Codec):
         return updates
 
     def decode(self, mean_code: Tensor, noise_std: float = 0.0) -> Tensor:
-        return mean_code * wiener_gain(mean_code, noise_std, self.variance)
+        return wiener_gain(mean_code, noise_std, self.variance).mul_(mean_code)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {"variance": self.variance}, {}

@@ -1,9 +1,12 @@
 """The convolutional auto-encoder: shapes, determinism, what fitting buys, and the promises of its docstring."""
 
+import math
+
 import pytest
 import torch
 
 from dr_encoder import codecs, priors
+from dr_encoder.codecs import autoencoder
 from dr_encoder.codecs.autoencoder import AutoEncoderCodec, image_shape, required_code_size
 from dr_encoder.fitting import fit_to_samples, with_noise
 from dr_encoder.layout import AdapterLayout
@@ -91,6 +94,33 @@ def test_a_units_code_depends_on_that_unit_alone(codec, updates):
     together = codec.encode(updates)
     alone = torch.cat([codec.encode(updates[i : i + 1]) for i in (0, 11)])
     torch.testing.assert_close(together[[0, 11]], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_bands_make_no_difference(codec, updates, monkeypatch):
+    code = codec.encode(updates[:2])
+    update = codec.decode(code[0], 0.01)
+    monkeypatch.setattr(autoencoder, "BAND", 1)  # a row of tiles at once, of three: every one has a neighbour, the middle one two
+    assert codec.network.rows >= 2
+    torch.testing.assert_close(codec.encode(updates[:2]), code, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(codec.decode(code[0], 0.01), update, rtol=1e-4, atol=1e-6)
+
+
+def test_windows_of_a_sample_fit_as_well_and_with_as_much_noise(updates, monkeypatch):
+    seen = []
+    monkeypatch.setattr(autoencoder, "WINDOW", 64 * 64)
+    monkeypatch.setattr(autoencoder, "fit_to_samples", lambda *args, **options: seen.append(options) or fit_to_samples(*args, **options))
+    fitted = fit(steps=40, noise_std=0.001)
+    height, width = fitted.shape
+    assert seen[0]["noise_std"] == pytest.approx(0.001 * (height * width) ** 0.5 / 64)
+    assert kept(fitted, updates) > kept(fit(steps=0), updates) + 0.001
+
+
+@pytest.mark.parametrize("size", [4096, 460_800, 8_388_608])
+def test_a_window_is_made_of_tiles_and_within_the_image(size):
+    image = image_shape(size)
+    window = autoencoder.window_shape(image)
+    assert all(side % 64 == 0 and side <= whole for side, whole in zip(window, image, strict=True))
+    assert min(autoencoder.WINDOW, math.prod(image)) / 2 < math.prod(window) <= autoencoder.WINDOW
 
 
 def test_nothing_in_nothing_out_and_the_decoder_scales(codec, updates):

@@ -12,7 +12,7 @@ from dr_encoder import codecs
 from dr_encoder.codecs import kronecker
 from dr_encoder.codecs.autoencoder import required_code_size
 from dr_encoder.layout import AdapterLayout
-from dr_encoder.priors import from_public_gradients
+from dr_encoder.priors import from_moments, from_public_gradients
 from fedllm import plan_memory as memory
 from fedllm.errors import UserError
 from fedllm.models import add_adapter
@@ -176,6 +176,15 @@ def test_what_kroneckers_fit_holds(kept, one_thread, monkeypatch):
     found = live_peak(lambda: codecs.CODECS["kronecker"].fit(prior, layout, 500, 0.0, 0))
     stored = code_of(Config(codec=CodecConfig(family="kronecker", code_size=500)), layout).stored
     assert stored + memory.FITTING["kronecker"](stored, layout.size, 50, shapes) == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("count", [4, 16, 64])
+def test_what_an_autoencoders_fit_holds(count, one_thread):
+    """One sample and a window or a band: not the many copies that activations of a whole image take."""
+    layout = AdapterLayout.of((f"f{index}", torch.zeros(8, 4096)) for index in range(2 * count))
+    prior = from_moments(layout, torch.zeros(2 * count), torch.ones(2 * count))
+    found = live_peak(lambda: codecs.CODECS["autoencoder"].fit(prior, layout, None, 0.0, 0, steps=1))
+    assert memory.FITTING["autoencoder"](0, layout.size, 0, []) == pytest.approx(found, rel=0.2)
 
 
 def test_an_autoencoder_of_7b(one_thread):
