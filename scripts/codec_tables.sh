@@ -17,7 +17,7 @@ bench() {
     [ -f "$out/$name.json" ] && return
     echo "codec_tables: $name" >&2
     .venv/bin/fedllm codec bench "$config" seed=1 model.dtype=bfloat16 "task.source=$task" "task.generate.prompt=$prompt" \
-        task.generate.count=450 codec.public_examples=400 codec.public_labels=given federation.expected_cohort=100 "$@" --rounds 2 --others 100 \
+        task.generate.count=450 codec.public_examples=400 codec.public_labels=given federation.expected_cohort=100 "$@" --rounds 2 --others 300 \
         --codecs linear,kronecker,coordinate,chain,sketch,autoencoder --priors public --sizes "$sizes" --out "runs/codec-bench/$name" \
         --json > "runs/codec-bench/$name.part"
     mv "runs/codec-bench/$name.part" "$out/$name.json"
