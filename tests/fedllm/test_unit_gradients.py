@@ -12,7 +12,7 @@ from fedllm.training import engine as engines
 from fedllm.training.engine import Encoded, TorchEngine
 from fedllm.training.objectives import ClassHead, LabelWords, NextToken
 from fedllm.training.unit_gradients import UnitGradients
-from tests.fedllm.tiny_models import tiny_bert, tiny_llama
+from tests.fedllm.tiny_models import tiny_bert, tiny_glm, tiny_gpt2, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,13 +22,15 @@ UNITS = [np.array(unit, dtype=np.int64) for unit in ([0], [1, 2, 3], [], [4, 5],
 KINDS = {
     "labels": (tiny_llama, ["q_proj", "v_proj", "down_proj"], LabelWords([7, 9, 4]), "left"),
     "text": (tiny_llama, ["q_proj", "k_proj", "o_proj"], NextToken(), "left"),
+    "text, gpt2": (tiny_gpt2, ["c_attn"], NextToken(), "left"),
+    "labels, glm": (tiny_glm, ["q_proj", "v_proj"], LabelWords([7, 9, 4]), "left"),
     "classify": (tiny_bert, ["query", "value"], ClassHead(), "right"),
 }
 
 
 def make_engine(kind: str, batch_tokens: int = 40, **adapter) -> TorchEngine:
     base, targets, objective, side = KINDS[kind]
-    model = add_adapter(base(), kind, r=2, alpha=4, targets=targets, **adapter)
+    model = add_adapter(base(), kind.split(",")[0], r=2, alpha=4, targets=targets, **adapter)
     engine = TorchEngine(model, objective, pad_id=0, batch_tokens=batch_tokens, side=side)
     start = engine.adapter() + 0.1 * torch.randn(engine.layout.size, generator=torch.Generator().manual_seed(1))  # B is zero no longer
     engine.load(start)

@@ -1,7 +1,16 @@
-"""Tiny random models of both architectures, and looking at them."""
+"""Tiny random models of the architectures that configs name, and looking at them."""
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GlmConfig,
+    GlmForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 IDS = torch.tensor([[5, 9, 2, 7], [1, 3, 3, 8]])
 
@@ -17,6 +26,30 @@ def tiny_llama(dtype: torch.dtype = torch.float32):
         num_key_value_heads=2,
     )
     return LlamaForCausalLM(config).to(dtype)
+
+
+def tiny_gpt2(dtype: torch.dtype = torch.float32):
+    """Learned positions, dropout in its config, and linear layers that hold their weight the other way round (Conv1D)."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1)
+    return GPT2LMHeadModel(config).to(dtype)
+
+
+def tiny_glm(dtype: torch.dtype = torch.float32):
+    """Rotation of half a head's numbers, one matrix for gate and up."""
+    torch.manual_seed(0)
+    config = GlmConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return GlmForCausalLM(config).to(dtype)
 
 
 def tiny_bert(dtype: torch.dtype = torch.float32):
