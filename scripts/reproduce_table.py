@@ -180,7 +180,7 @@ PAPERS: dict[str, list[tuple[str, Callable[[Runs], str]]]] = {
     "cg_fedllm": [
         ("1/64 of the bytes", compression("published")),
         ("accuracy with the encoder as good as without (C-Eval 25.5 - 26.8 %, chance for four answers)", points("published-no-noise")),
-        ("GDP, epsilon 8, sensitivity 1; the encoder has seen real gradients", epsilons("published")),
+        ("GDP, epsilon 8 (0.25 and 2 too), sensitivity 1; the encoder has seen real gradients", epsilons("published")),
         ("and still as good with the noise", several(points("published"), points("corrected"))),
     ],
     "dp_lora": [
