@@ -7,7 +7,8 @@ them are free of these errors: <P u1, P u2> / <u1, u2> is the share of the *sign
 The *total error* is what a private step misses of mu. Codes of the whole cohort are clipped as a run clips them and get its noise; with x
 what their mean is decoded to, it is the least E |f x - mu|^2 over factors f that do not see the noise, |mu|^2 - (E <x, mu>)^2 / E |x|^2.
 Of any length, since the clip shortens x by far and an optimiser such as Adam does not mind: 0 is the signal's own direction without noise,
-|mu|^2 nothing of it. Clipped shares of units that point elsewhere count, and so do sampling and DP noise.
+|mu|^2 nothing of it. Clipped shares of units that point elsewhere count, and so do sampling and DP noise. Here mu is what two halves of
+*other* clients say, o1 and o2, in both parts: <x, o1> <x, o2> and <o1, o2> have no bias, and their errors cancel to first order.
 
 Everything is told in two metrics: the plain one, and that of an Adam server, sum g_i h_i / rms_i, in which a product with the gradient is
 what a step gains: Adam moves small factors as far as large ones, so what is lost of them counts as much.
@@ -63,6 +64,8 @@ class Score:
     single: float = 0.0
     single_kept: float = 0.0
     error: float = 0.0
+    error_signal: float = 0.0
+    adam_error_signal: float = 0.0
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
     fit_seconds: float = 0.0
@@ -75,8 +78,8 @@ class Score:
             "signal_energy_adam": ratio(self.adam_kept, self.adam_signal),
             "kept_energy_mean": ratio(self.mean_kept, self.mean),
             "kept_energy_single": ratio(self.single_kept, self.single),
-            "total_error": ratio(self.error, self.signal),
-            "total_error_adam": ratio(self.adam_error, self.adam_signal),
+            "total_error": ratio(self.error, self.error_signal),
+            "total_error_adam": ratio(self.adam_error, self.adam_error_signal),
             "fit_seconds": ratio(self.fit_seconds, self.rounds),
             "encode_seconds": ratio(self.encode_seconds, self.rounds),
             "decode_seconds": ratio(self.decode_seconds, self.rounds),
@@ -117,20 +120,23 @@ def add(
         found.append(codec.decode(mean - noise, noise_std))  # the mirror image: no draw is along the signal by chance
     else:
         found = [(p1 + p2) / 2]
-    score.error += missed(found, cohorts)
-    score.adam_error += missed(found, cohorts, cohorts.weights)
+    o1, o2 = (half.mean(0) for half in cohorts.others.chunk(2))
+    score.error += missed(found, o1, o2)
+    score.error_signal += dot(o1, o2)
+    score.adam_error += missed(found, o1, o2, cohorts.weights)
+    score.adam_error_signal += dot(o1, o2, cohorts.weights)
     score.rounds += 1
     return noisy
 
 
-def missed(found: Sequence[Tensor], cohorts: Cohorts, weights: Tensor | None = None) -> float:
+def missed(found: Sequence[Tensor], one: Tensor, other: Tensor, weights: Tensor | None = None) -> float:
     """What equally likely updates [n] miss of the signal's energy, all of them times the one best factor.
 
-    Two halves of other clients tell <x, mu> twice, independently: the square has no bias.
+    one, other: the signal [n] with independent errors, which tell <x, mu> twice: the product has no bias.
     """
     energy = fmean(dot(x, x, weights) for x in found)
-    one, other = (fmean(dot(x, half.mean(0), weights) for x in found) for half in cohorts.others.chunk(2))
-    return dot(cohorts.first.mean(0), cohorts.second.mean(0), weights) - (one * other / energy if energy > 0 else 0.0)
+    along = [fmean(dot(x, mean, weights) for x in found) for mean in (one, other)]
+    return dot(one, other, weights) - (along[0] * along[1] / energy if energy > 0 else 0.0)
 
 
 def add_oracle(scores: Sequence[tuple[Score, int]], cohorts: Cohorts) -> None:
