@@ -191,4 +191,5 @@ def rows_on_disk(rows: Iterable[Tensor], path: Path) -> Tensor:
 
 def factor_rms(layout: AdapterLayout, rows: Tensor) -> Tensor:
     """Root mean square of each factor's coordinates over the rows [count, n] -> [L]."""
-    return torch.stack([rows[:, f.offset : f.stop].square().mean().sqrt() for f in layout.factors])
+    norms = torch.stack([torch.linalg.vector_norm(rows[:, f.offset : f.stop]) for f in layout.factors])  # squares would be a copy
+    return norms / torch.tensor([len(rows) * f.size for f in layout.factors]).sqrt()

@@ -182,6 +182,8 @@ def code_of(config: Config, layout: AdapterLayout) -> Code:
     else:
         raise UserError(f"codec.family={family}: cannot be planned; expected one of {', '.join(sorted(memory.STORED))}")
     working = memory.FITTING.get(family, lambda *_: 0)(stored, n, public_rows(config), factors)
+    if family == "chain":  # the rows as the first part encodes them, and what the second takes
+        working = memory.FLOAT * public_rows(config) * between + memory.FITTING[inner](stored, between, public_rows(config), factors)
     return Code(size, stored, working)
 
 

@@ -38,6 +38,7 @@ from typing import Any
 from dr_encoder.codecs.autoencoder import BAND, WINDOW
 from dr_encoder.codecs.kronecker import KEPT as KRONECKER_KEPT
 from dr_encoder.codecs.kronecker import MAX_COLUMNS as KRONECKER_COLUMNS
+from dr_encoder.codecs.linear import PIECE
 from fedllm.errors import UserError
 
 FLOAT = 4
@@ -203,8 +204,7 @@ STORED: dict[str, Stored] = {
 }
 # The same: bytes on top while it is fitted, beside the rows it is fitted to; measured. (stored, n, rows, factors) -> bytes.
 FITTING: dict[str, Callable[[int, int, int, list[tuple[int, int]]], int]] = {
-    "linear": lambda stored, n, rows, factors: 2 * stored,
-    "chain": lambda stored, n, rows, factors: 2 * stored,
+    "linear": lambda stored, n, rows, factors: 2 * FLOAT * min(PIECE, rows * n),
     "kronecker": lambda stored, n, rows, factors: 5 * FLOAT * rows * max(p * q for p, q in factors) + _bases(factors),
     "autoencoder": lambda stored, n, rows, factors: FLOAT * (n + max(11 * min(n, WINDOW), 4 * min(n, BAND * 3 // 2))),
 }

@@ -63,7 +63,9 @@ class ChainCodec(Codec):
         # The noise of a run is in the last code alone: the first codec never meets it.
         outer = CODECS[parts[0]].fit(prior, layout, inner_size, 0.0, seed, **options)
         inner_layout = AdapterLayout((Factor("code", (outer.code_size,), 0),))
-        codes = torch.cat([outer.encode(row[None]) for row in rows])  # by row: the rows are not copied whole
+        codes = torch.empty(len(rows), outer.code_size)
+        for row, code in zip(rows, codes, strict=True):
+            code.copy_(outer.encode(row[None])[0])
         inner_prior = from_rows(prior.name, inner_layout, codes, prior.cost)
         return cls(outer, CODECS[parts[1]].fit(inner_prior, inner_layout, code_size, noise_std, seed, **options))
 

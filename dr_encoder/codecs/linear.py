@@ -16,6 +16,7 @@ from dr_encoder.codecs.coordinate import CoordinateCodec
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import GaussianPrior
 
+PIECE = 2**20  # numbers of a matrix that are worked on at once
 DENSE_NUMBERS = 2**29  # most numbers of a dense k x n matrix, 2 GiB; above that a code needs a structure
 
 
@@ -83,16 +84,38 @@ def principal_subspace(rows: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, 
     """
     if rank > len(rows):
         raise ValueError(f"Expected code_size={rank} <= {len(rows)}, the number of the prior's rows")
-    # float64: in float32 the small eigenvalues would be rounding. By pieces: the rows are not copied whole.
-    gram = sum(piece.double() @ piece.double().T for piece in rows.split(65_536, dim=1))
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(gram(rows))
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     spanned = int((values > 1e-6 * values[0]).sum())
-    mix = vectors[:, :spanned] / values[:spanned].sqrt()
-    basis = mix.float().T @ rows
-    if spanned < rank:
-        added = torch.randn(rank - spanned, rows.shape[1], generator=torch.Generator().manual_seed(seed))
-        basis, values[spanned:] = torch.cat([basis, added]), 0.0
-    # Rounding of small eigenvalues costs orthogonality, and the privacy of `noise_in: update` rests on it.
-    orthonormal, triangle = torch.linalg.qr(basis.T)
-    return (orthonormal * triangle.diagonal().sign()).T.contiguous(), (values / len(rows)).float()
+    basis = torch.empty(rank, rows.shape[1])
+    torch.mm((vectors[:, :spanned] / values[:spanned].sqrt()).float().T, rows, out=basis[:spanned])
+    basis[spanned:].normal_(generator=torch.Generator().manual_seed(seed))
+    values[spanned:] = 0.0
+    return orthonormalize(basis), (values / len(rows)).float()
+
+
+def orthonormalize(basis: Tensor) -> Tensor:
+    """Gram-Schmidt in the order of the rows of basis [k, n], in place: by Cholesky of their Gram matrix, without a second basis.
+
+    Twice, since the rounding of small eigenvalues costs orthogonality, and the privacy of `noise_in: update` rests on it.
+    """
+    for _ in range(2):
+        lower = torch.linalg.cholesky(gram(basis))
+        back = torch.linalg.inv(lower).float()
+        for piece in basis.split(piece_width(basis), dim=1):
+            piece.copy_(back @ piece)
+    return basis
+
+
+def gram(rows: Tensor) -> Tensor:
+    """rows rows^T in float64 (in float32 small eigenvalues would be rounding), by pieces: the rows are not copied whole."""
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for piece in rows.split(piece_width(rows), dim=1):
+        double = piece.double()
+        total.addmm_(double, double.T)
+    return total
+
+
+def piece_width(rows: Tensor) -> int:
+    """Columns of rows [k, n] at once: about `PIECE` numbers."""
+    return max(PIECE // len(rows), 1024)

@@ -178,6 +178,17 @@ def test_what_kroneckers_fit_holds(kept, one_thread, monkeypatch):
     assert stored + memory.FITTING["kronecker"](stored, layout.size, 50, shapes) == pytest.approx(found, rel=0.1)
 
 
+@pytest.mark.parametrize("family", ["linear", "chain"])
+def test_what_a_subspaces_fit_holds(family, one_thread):
+    layout = AdapterLayout.of((f"f{index}", torch.zeros(8, 4096)) for index in range(16))
+    prior = from_public_gradients(layout, torch.randn(50, layout.size, generator=torch.Generator().manual_seed(1)))
+    options = {"parts": ("allocation", "linear"), "inner_size": layout.size} if family == "chain" else {}
+    found = live_peak(lambda: codecs.CODECS[family].fit(prior, layout, 20, 0.0, 0, **options))
+    settings = CodecConfig(family=family, code_size=20, parts=["allocation", "linear"], public_examples=50)
+    code = code_of(Config(codec=settings), layout)
+    assert found == pytest.approx(code.stored + code.fitting, rel=0.2)
+
+
 @pytest.mark.parametrize("count", [4, 16, 64])
 def test_what_an_autoencoders_fit_holds(count, one_thread):
     """One sample and a window or a band: not the many copies that activations of a whole image take."""
