@@ -7,26 +7,29 @@ import json
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("linear", "chain", "kronecker", "coordinate", "autoencoder")
+COLUMNS = ("linear", "chain", "kronecker", "coordinate", "autoencoder")  # and what else is in the files, but for:
+LEFT_OUT = {"sketch"}  # keeps what it must, k / n
 SIZES = (64, 128, 256)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
-    lines = [line for file in parser.parse_args().files for line in lines_of(json.loads(file.read_text()))]
-    header = ["model, text", "code of", "`linear`", "`allocation`, `linear`", "`kronecker`", "`coordinate`", "`autoencoder`", "oracle"]
+    files = [json.loads(file.read_text()) for file in parser.parse_args().files]
+    columns = list(dict.fromkeys([*COLUMNS, *(row["codec"] for found in files for row in found["rows"] if row["codec"] not in LEFT_OUT)]))
+    lines = [line for found in files for line in lines_of(found, columns)]
+    header = ["model, text", "code of", *("`allocation`, `linear`" if codec == "chain" else f"`{codec}`" for codec in columns), "oracle"]
     for line in [header, ["---"] * len(header), *lines]:
         print("| " + " | ".join(line) + " |")
 
 
-def lines_of(found: dict[str, Any]) -> list[list[str]]:
+def lines_of(found: dict[str, Any], columns: list[str]) -> list[list[str]]:
     """A line a code size: signal kept, in brackets in Adam's metric."""
     by_place = {(row["codec"], row["code_size"]): row for row in found["rows"]}
     largest = max(size for codec, size in by_place if codec == "kronecker")
     lines = []
     for size in (*SIZES, largest):
-        rows = {codec: by_place.get((codec, size)) for codec in COLUMNS}
+        rows = {codec: by_place.get((codec, size)) for codec in columns}
         if size == largest:  # a family that fixes its size
             rows["autoencoder"] = next((row for (codec, _), row in by_place.items() if codec == "autoencoder"), None)
         oracle = next(row for row in rows.values() if row is not None and row["oracle_signal_energy"] is not None)
