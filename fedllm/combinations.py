@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from fedllm.errors import UserError
@@ -24,8 +25,8 @@ PARALLEL_MODES = ("none", "clients", "data")
 AVERAGING = ("sgd", "fedavg")  # server optimisers that with lr 1 are the plain average
 AGGREGATIONS = ("mean", "stack", "residual")
 SCAFFOLD = (
-    "its control variates are a second release of every client's data in each round, which no ledger entry pays for; "
-    "expected one of {}, or federation.local.prox against client drift"
+    "its control variates are a second release of every client's data in each round, which no ledger entry would pay for, so it is not "
+    "built; expected one of {}, or federation.local.prox against client drift"
 )
 
 
@@ -139,6 +140,8 @@ def check_combination(config: Config, published: bool) -> None:
         )
     if privacy.unit == "example" and fed.local.steps != 1:
         raise UserError(f"federation.local.steps={fed.local.steps}: expected 1 with privacy.unit=example, whose unit is one gradient")
+    if privacy.unit != "client" and fed.local.batch is not None:
+        raise UserError(f"federation.local.batch={fed.local.batch}: expected null with privacy.unit={privacy.unit}, whose units are drawn")
     if privacy.unit != "client" and (not family.summable or codec.error_feedback):
         raise UserError(
             f"privacy.unit={privacy.unit}: expected client with codec.family={codec.family}, codec.error_feedback={codec.error_feedback}; "
@@ -237,13 +240,10 @@ def check_engine(config: Config) -> None:
         raise UserError(f"lora.init={config.lora.init}: expected random with engine.name=deepspeed; no rank sees all gradients")
 
 
-def refuse_scaffold(config: Config) -> None:
-    """Raise UserError where SCAFFOLD is asked for."""
-    fed = config.federation
-    asked = {"server.optimizer": (fed.server.optimizer, SERVER_OPTIMIZERS), "aggregation": (fed.aggregation, AGGREGATIONS)}
-    for key, (value, allowed) in asked.items():
-        if value.lower() == "scaffold":
-            raise UserError(f"federation.{key}={value}: {SCAFFOLD.format(', '.join(allowed))}")
+def refuse_scaffold(key: str, value: str, allowed: Iterable[str]) -> None:
+    """Raise UserError where SCAFFOLD is asked for. allowed: what `key` may be."""
+    if value.lower() == "scaffold":
+        raise UserError(f"{key}={value}: {SCAFFOLD.format(', '.join(allowed))}")
 
 
 def check_prior(config: Config) -> None:

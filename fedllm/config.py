@@ -72,6 +72,7 @@ def check_before(given: dict[str, Any]) -> None:
     if not isinstance(method, str | int | float):
         shown = f"{next(iter(method))}:" if isinstance(method, dict) and len(method) == 1 else json.dumps(method)
         raise UserError(f"method={shown}: expected one of {', '.join(METHODS)}")
+    refuse_scaffold("method", str(method), METHODS)
     if isinstance(ranks, list):
         fixed = METHODS[method].parts if method in METHODS else {}
         aggregation = fixed.get("federation.aggregation", given.get("federation", {}).get("aggregation"))
@@ -94,7 +95,8 @@ def check(config: Config) -> None:
     one_of("lora.init", config.lora.init, ("random", "public"))
     one_of("federation.transport", fed.transport, ("simulation",))
     one_of("federation.partition.kind", fed.partition.kind, ("iid", "dirichlet", "column"))
-    refuse_scaffold(config)
+    refuse_scaffold("federation.server.optimizer", fed.server.optimizer, SERVER_OPTIMIZERS)
+    refuse_scaffold("federation.aggregation", fed.aggregation, AGGREGATIONS)
     one_of("federation.server.optimizer", fed.server.optimizer, SERVER_OPTIMIZERS)
     one_of("federation.server.space", fed.server.space, ("update", "code"))
     one_of("federation.server.schedule", fed.server.schedule, ("constant", "linear"))
@@ -113,6 +115,8 @@ def check(config: Config) -> None:
     in_range("federation.local.steps", fed.local.steps, 1)
     in_range("federation.local.lr", fed.local.lr, 0, open_low=True)
     in_range("federation.local.prox", fed.local.prox, 0)
+    if fed.local.batch is not None:
+        in_range("federation.local.batch", fed.local.batch, 1)
     in_range("federation.server.lr", fed.server.lr, 0, open_low=True)
     in_range("federation.server.tau", fed.server.tau, 0, open_low=True)
     in_range("federation.server.momentum", fed.server.momentum, 0, 1, open_high=True)
@@ -120,6 +124,8 @@ def check(config: Config) -> None:
     in_range("lora.r", config.lora.r, 1)
     in_range("lora.alpha", config.lora.alpha, 0, open_low=True)
     in_range("task.eval_examples", task.eval_examples, 1)
+    if task.train_examples is not None:
+        in_range("task.train_examples", task.train_examples, 1)
     in_range("task.monitor_examples", task.monitor_examples, 1)
     in_range("task.max_length", task.max_length, 8)
     in_range("task.generate.count", task.generate.count, 1)

@@ -182,6 +182,8 @@ def population(config: Config) -> str:
     partition = dataclasses.asdict(config.federation.partition) if config.privacy.unit == "client" else None
     columns = {name: column for name, column in dataclasses.asdict(task.columns).items() if name != "public"}  # no unit's data
     made_of = [task.test, task.eval_examples, columns, partition]
+    if task.train_examples is not None:
+        made_of.append(task.train_examples)
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -211,13 +213,13 @@ def calibrate(config: Config, units: int, groups: int) -> Calibration | None:
     # Where every message is decoded on its own, only its own noise counts: as if one share were the whole sum's.
     noise = "distributed" if config.codec.decode == "each" else privacy.noise
     if privacy.calibration == claims.CLASSIC:
-        return Calibration(None, claims.classic_multiplier(target.epsilon, target.delta, groups), target.epsilon)
-    if privacy.calibration != claims.EXACT:
+        found = Calibration(None, claims.classic_multiplier(target.epsilon, target.delta, groups), target.epsilon)
+    elif privacy.calibration != claims.EXACT:
         cut = fed.max_cohort if by_client else None
         rate = sampling_rate(config)
         of_sum = claims.accountant_multiplier(privacy.calibration, target.epsilon, target.delta, fed.rounds, rate, units, cut)
-        return Calibration(None, of_sum / sum_multiplier(noise, 1.0, shares), target.epsilon)
-    if target.adversary == "server":
+        found = Calibration(None, of_sum / sum_multiplier(noise, 1.0, shares), target.epsilon)
+    elif target.adversary == "server":
         found = calibrate_server(target.epsilon, target.delta, warmup, fed.rounds, privacy.noise, shares, privacy.stage1_share)
     else:
         found = calibrate_release(

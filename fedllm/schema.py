@@ -39,6 +39,7 @@ class TaskConfig:
     test: str | None = None  # held-out file; without it the source's own test part, or a seeded split
     public: str | None = "newsgroups"  # a source, or GENERATED
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    train_examples: int | None = None  # the first so many of a source alone; null: all
     eval_examples: int = 2000
     monitor_examples: int = 200  # of these, how many are looked at after each round
     max_length: int = 64
@@ -66,6 +67,7 @@ class PartitionConfig:
 class LocalConfig:
     steps: int = 1  # 1: the gradient itself; more: steps of SGD, the update is the weight delta
     lr: float = 1.0
+    batch: int | None = None  # examples that a client draws anew for each of its steps; null: all that it has
     prox: float = 0.0  # FedProx's mu: each step is drawn back to the model that the round began with
 
 
@@ -123,7 +125,8 @@ class CodecConfig:
     warmup_public_steps: int = 3  # steps on public text before stage 1: at LoRA's start B = 0 and A's gradient is exactly zero
     fit_steps: int = 200  # auto-encoder
     shrink: bool = True  # of a noisy mean code each number by its prior variance, where that is known: free post-processing
-    real_share: float = 0.3  # prior: real, of all examples, on whose raw gradients the codec is fitted: never private
+    # prior: real, of all examples, on whose raw gradients the codec is fitted (public_examples of them at most): never private
+    real_share: float = 0.3
     error_feedback: bool = False  # lossy codecs without privacy: a client adds what its last code dropped
 
 

@@ -102,6 +102,7 @@ def load_task(config: Config) -> sources.Dataset:
         sources.check_public(task.public, task.source, task.test)
     return sources.load(
         task.source,
+        train_examples=task.train_examples,
         eval_examples=task.eval_examples,
         labelled=task.kind != "text" or config.federation.partition.kind == "dirichlet",
         test=task.test,

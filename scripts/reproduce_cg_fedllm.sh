@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# CG-FedLLM (arXiv 2405.13746): as published, its auto-encoder fitted on clients' real gradients, and corrected, on public ones. --full: both
-# models at the paper's three epsilons, and LLaMA-7B with its three clients (C-Eval's and MMLU's rounds and ranks; the text stays Dolly, our
+# CG-FedLLM (arXiv 2405.13746): as published, its auto-encoder fitted on clients' real gradients, and corrected, on public ones. --full: LLaMA-7B,
+# and Qwen-7B which is our choice, at the paper's three epsilons, and LLaMA-7B with its three clients (C-Eval's and MMLU's rounds and ranks; the text stays Dolly, our
 # choice, since neither benchmark has one text to train on).
 source "$(dirname "$0")/reproduce_common.sh"
 

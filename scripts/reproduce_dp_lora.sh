@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # DP-LoRA (arXiv 2312.17493): five nodes of the medical domain, all of them in every round, epsilon 2; then as many clients as there are
 # patients. --full: the general, the financial and the medical domain on Llama-2-7B, GPT-2 and GLM, the general and the financial one on BERT
-# (whose tasks have labels; the medical ones of the paper are answered in words), and the general one on Qwen-7B.
+# (whose tasks have labels; the medical ones of the paper are answered in words), and the general one on Qwen-7B, our choice.
 source "$(dirname "$0")/reproduce_common.sh"
 
 runs_of() {

@@ -40,7 +40,9 @@ def told(paper: str, folders: list[Path]) -> str:
     if not runs:
         return f"{paper}: no finished run yet"
     lines = [[claim, found(runs)] for claim, found in PAPERS[paper]]
-    return "\n\n".join([table(["the paper", "here"], lines), runs_table(runs), "Fixed seeds: none of these runs is private."])
+    seeded = [name for name, run in runs.items() if run["seed"] is not None]
+    note = [f"Fixed seeds, so not private: {', '.join(seeded)}."] if seeded else []
+    return "\n\n".join([table(["the paper", "here"], lines), runs_table(runs), *note])
 
 
 def runs_table(runs: Runs) -> str:

@@ -72,6 +72,7 @@ DATA_ASSETS: dict[str, Callable[[Path], tuple[Columns, Columns | None]]] = {
 def load(
     source: str,
     *,
+    train_examples: int | None = None,
     eval_examples: int = 2000,
     labelled: bool = True,
     text: str = "text",
@@ -84,6 +85,7 @@ def load(
     Args:
         source: a demo asset, a csv, tsv, jsonl or parquet file, a folder with train.* (and test.*) of these, or a hub
             id (`owner/name`, or `owner/name:config`).
+        train_examples: the first so many, at least 1, and no more is read of a hub dataset than they and the held-out part; None for all.
         eval_examples: size of the held-out part, at least 1. A source with a test part of its own, or with `test`
             (another file) named, is not split; a larger test part is cut down to this many at random.
         labelled: whether each example needs a label; otherwise the label column may be missing.
@@ -91,7 +93,21 @@ def load(
             "{question} {answer}".
     Raises: UserError for a missing file or column, an unknown label, an empty source, too few examples.
     """
-    parts = _read(source)
+    parts = _read(source, None if train_examples is None else train_examples + eval_examples)
+    found = _split(source, parts, eval_examples, labelled, text, label, user, test)
+    return found if train_examples is None else dataclasses.replace(found, train=_first(found.train, train_examples))
+
+
+def _first(table: Table, count: int) -> Table:
+    """The first rows; users are numbered anew."""
+    kept = table.take(np.arange(min(count, len(table))))
+    return kept if kept.users is None else dataclasses.replace(kept, users=np.unique(kept.users, return_inverse=True)[1].astype(np.int64))
+
+
+def _split(
+    source: str, parts: _Parts, eval_examples: int, labelled: bool, text: str, label: str, user: str | None, test: str | None
+) -> Dataset:
+    """Training and held-out part of what was read."""
     train = _table(parts.train, parts.where, labelled, text, label, user, names=None)
     held_out = parts.test
     if test is not None:
@@ -152,7 +168,8 @@ def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix.lower() in tables.READERS]
 
 
-def _read(source: str) -> _Parts:
+def _read(source: str, rows: int | None = None) -> _Parts:
+    """Columns of a source; rows: of a hub dataset's training part no more than the first so many."""
     if source in DATA_ASSETS:
         return _Parts(*DATA_ASSETS[source](fetch(source)), source)
     if source == GENERATED:
@@ -164,7 +181,7 @@ def _read(source: str) -> _Parts:
         return _read_folder(path)
     if path.suffix.lower() in tables.READERS or path.exists():
         return _Parts(tables.read_file(path), None, source)
-    return _read_hub(source)
+    return _read_hub(source, rows)
 
 
 def _read_folder(folder: Path) -> _Parts:
@@ -181,7 +198,7 @@ def _read_folder(folder: Path) -> _Parts:
     return _Parts(tables.read_file(found["train"]), test, str(found["train"]))
 
 
-def _read_hub(source: str) -> _Parts:
+def _read_hub(source: str, rows: int | None) -> _Parts:
     import datasets
     from huggingface_hub.utils import logging
 
@@ -198,6 +215,8 @@ def _read_hub(source: str) -> _Parts:
     if "train" not in parts:
         raise UserError(f"{source}: no part named train; it has {', '.join(parts)}")
     test = next((part for part in HELD_OUT if part in parts and not _unlabelled(parts[part])), None)
+    if rows is not None:
+        parts["train"] = parts["train"].select(range(min(rows, len(parts["train"]))))
     columns = [_hub_columns(parts[part]) if part else None for part in ("train", test)]
     return _Parts(columns[0], columns[1], source)
 

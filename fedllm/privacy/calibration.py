@@ -67,7 +67,7 @@ def update_multiplier(noise_multiplier: float, sigma_bit: float) -> float:
     """
     if not 0 < noise_multiplier < 2 * sigma_bit:
         raise UserError(
-            f"the clip bit's noise sigma_bit={sigma_bit} must exceed half the noise multiplier {noise_multiplier}"
+            f"privacy.clip.bit_multiplier={sigma_bit}: expected more than half the noise multiplier {noise_multiplier:.4g}"
         )
     return (noise_multiplier**-2 - (2 * sigma_bit) ** -2) ** -0.5
 

@@ -105,8 +105,9 @@ class TorchEngine:
     ) -> Iterator[tuple[slice, Tensor]]:
         """Updates (old - new adapter) of units, a few at a time: (which units, [some, n] float32).
 
-        units: for each the indices of its examples; one without examples has the zero update. An update is lr times the gradient of
-        the unit's mean loss, for several steps the sum of such along the unit's own path. prox: mu >= 0 of FedProx, whose loss has
+        units: for each the indices of its examples, or of each step's [steps, examples]; one without examples has the zero update.
+        An update is lr times the gradient of the unit's mean loss, for several steps the sum of such along the unit's own path.
+        prox: mu >= 0 of FedProx, whose loss has
         mu/2 |adapter - start|^2 beside (Li et al., arXiv 1812.06127); a single step starts where that is flat.
         """
         if steps == 1:
@@ -188,8 +189,9 @@ class TorchEngine:
         """Old minus new adapter after SGD steps of one unit [1, n]; the adapter is put back."""
         start = self.adapter()
         here = start.clone()
-        for _ in range(steps):
-            here -= lr * (self._gradients(data, [unit])[0] + prox * (here - start))
+        for step in range(steps):
+            examples = unit[step] if unit.ndim == 2 else unit
+            here -= lr * (self._gradients(data, [examples])[0] + prox * (here - start))
             self.load(here)
         self.load(start)
         return (start - here)[None]

@@ -41,14 +41,14 @@ class LabelWords:
 
 
 class ClassHead:
-    """Cross-entropy of a sequence classifier."""
+    """Cross-entropy of a sequence classifier. Rows are padded on the right, where the model's own positions hold (RoBERTa's begin at 2)."""
 
     def __call__(self, model: nn.Module, batch: Batch, targets: Tensor) -> tuple[Tensor, Tensor]:
         return _choice(self.logits(model, batch), targets)
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Of each label [batch, labels], float32."""
-        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids).logits.float()
+        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
 
 
 class NextToken:

@@ -105,7 +105,7 @@ class Simulation:
             expect_finite(updates)
             return torch.stack([self.feedback.compress(*one) for one in zip(cohort[where].tolist(), updates, strict=True)])
 
-        records = [self.setting.partition.records(client) for client in cohort]
+        records = [self._drawn(client, spec) for client in cohort.tolist()]
         for where, some in self._trained(records, vectors):
             yield from zip(cohort[where].tolist(), some, strict=True)
 
@@ -131,6 +131,16 @@ class Simulation:
                 for where, clipped in self._trained([units[place] for place in places], vectors):
                     add_rows(totals, row_of[places[where]], clipped)
             yield from zip(clients, totals, strict=True)
+
+    def _drawn(self, client: int, spec: PrivateSum) -> np.ndarray:
+        """The records that a client trains on: all it has, or `federation.local.batch` drawn anew for each step [steps, batch]."""
+        records, batch = self.setting.partition.records(client), self.local.batch
+        if batch is None or len(records) <= batch:
+            return records
+        shape = (self.local.steps, len(records))
+        draws = self.noise.uniform(shape, stage=spec.stage, round=spec.round, client=client, purpose="batch")
+        chosen = records[draws.argsort(axis=1)[:, :batch]]
+        return chosen if self.local.steps > 1 else chosen[0]
 
     def _sampled(self, client: int, spec: PrivateSum) -> list[np.ndarray]:
         """The records of each unit that a client takes, by its own coin each."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +11,16 @@ from scipy import stats
 
 from dr_encoder.message import Duplicate, Inbox, pack, unpack
 from fedllm.client import message, unit_vectors
+from fedllm.data.partition import make_partition
 from fedllm.privacy.calibration import update_multiplier
 from fedllm.privacy.events import message_multiplier, sum_multiplier
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
-from fedllm.schema import ServerConfig
+from fedllm.schema import Config, ServerConfig
 from fedllm.server import SCHEDULES, ServerOptimizer, decoded_mean, noisy_mean
+from fedllm.stopwatch import Stopwatch
+from fedllm.training.engine import Encoded
+from fedllm.transports.simulation import Simulation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -469,3 +474,32 @@ def test_a_linear_schedule_shortens_steps_to_a_last_one_of_lr_over_rounds():
     steps = [optimizer.step(torch.tensor([1.0, -2.0]), SCHEDULES["linear"](number, 4)) for number in range(4)]
     assert torch.allclose(torch.stack(steps)[:, 0], -0.5 * torch.tensor([1.0, 1.75, 2.25, 2.5]))
     assert SCHEDULES["linear"](3, 4) == 0.25 and SCHEDULES["constant"](3, 4) == 1.0
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_client_draws_a_batch_for_each_of_its_steps(steps):
+    """Each of its examples in a step's batch as often as any other, none twice, anew in every round; few enough are all taken."""
+    records, batch, rounds = 10, 4, 400
+    partition = make_partition("iid", records=2 * records, clients=2, unit="client", seed=0)
+    seen = []
+    engine = SimpleNamespace(layout=SimpleNamespace(size=2), updates=lambda data, units, *_: seen.extend(units) or iter(()))
+    setting = SimpleNamespace(partition=partition, train=Encoded([[1]] * 2 * records, np.zeros(2 * records)), engine=engine)
+
+    def drawn(size, rounds):
+        seen.clear()
+        config = Config()
+        config.federation.local.steps, config.federation.local.batch = steps, size
+        simulation = Simulation(setting, config, Noise(seed=1), Stopwatch())
+        for number in range(rounds):
+            list(simulation.messages_of(np.array([1]), spec(round=number), same))
+        return list(seen)
+
+    own = partition.records(1)
+    batches = np.stack(drawn(batch, rounds)).reshape(-1, batch)
+    assert len(batches) == steps * rounds and all(len(set(row)) == batch for row in batches.tolist())
+    counts = np.array([(batches == record).sum() for record in own])
+    spread = len(batches) * batch / records * (1 - batch / records)
+    assert counts.sum() == batches.size  # nobody else's
+    assert stats.chi2(records - 1).cdf(((counts - batches.size / records) ** 2 / spread).sum() * (records - 1) / records) < 0.9999
+    assert len({tuple(sorted(row)) for row in batches.tolist()}) > 150  # of 210 there are
+    assert all(np.array_equal(unit, own) for unit in (*drawn(records, 2), *drawn(None, 2)))

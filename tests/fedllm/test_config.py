@@ -226,6 +226,7 @@ RANGES = [
     ("federation.server.lr", "0"), ("federation.server.lr", ".inf"), ("federation.server.lr", ".nan"),
     ("federation.server.momentum", "1"), ("federation.server.momentum", "-0.1"), ("federation.server.betas", "[0.9]"),
     ("federation.server.betas", "[0.9,1.0]"), ("federation.partition.alpha", "0"), ("lora.r", "0"), ("lora.alpha", "0"),
+    ("federation.local.batch", "0"), ("task.train_examples", "0"),
     ("task.eval_examples", "0"), ("task.monitor_examples", "0"), ("task.max_length", "7"), ("engine.batch_tokens", "63"),
     ("task.generate.count", "0"), ("task.generate.max_new_tokens", "0"),
     ("codec.refresh", "-1"), ("codec.public_examples", "4"), ("codec.warmup_rounds", "0"), ("codec.public_memory", "-1"),
@@ -347,6 +348,8 @@ COMBINATIONS = [
     ),
     ([*PRODUCT, *USER, "federation.aggregation=stack"], "federation.aggregation=stack: expected privacy.unit=client, not user"),
     (["federation.server.optimizer=scaffold"], "federation.server.optimizer=scaffold: its control variates are a second release"),
+    (["method=scaffold"], "method=scaffold: its control variates are a second release"),
+    (["federation.local.batch=4", "privacy.unit=user", "task.columns.user=who"], "federation.local.batch=4: expected null"),
     (["federation.aggregation=SCAFFOLD"], "federation.aggregation=SCAFFOLD: its control variates are a second release"),
 ]
 

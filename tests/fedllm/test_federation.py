@@ -113,6 +113,7 @@ MODES = {
     "public, autoencoder": [*AUTOENCODER, "codec.refresh=1"],
     "full noise": ["method=full_noise"],
     "several steps": ["federation.local.steps=3", "federation.local.lr=0.1"],
+    "batches": ["federation.local.steps=2", "federation.local.lr=0.1", "federation.local.batch=2", "federation.clients=20"],
     "frozen A": ["lora.train=b", "federation.server.optimizer=momentum"],
     "core": ["lora.train=core", "lora.init=public"],
     "core, moments": ["lora.train=core", *MOMENTS],

@@ -12,7 +12,7 @@ from fedllm.training import engine as engines
 from fedllm.training.engine import Encoded, TorchEngine
 from fedllm.training.objectives import ClassHead, LabelWords, NextToken
 from fedllm.training.unit_gradients import UnitGradients
-from tests.fedllm.tiny_models import tiny_bert, tiny_glm, tiny_gpt2, tiny_llama
+from tests.fedllm.tiny_models import tiny_bert, tiny_glm, tiny_gpt2, tiny_llama, tiny_roberta
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,6 +25,7 @@ KINDS = {
     "text, gpt2": (tiny_gpt2, ["c_attn"], NextToken(), "left"),
     "labels, glm": (tiny_glm, ["q_proj", "v_proj"], LabelWords([7, 9, 4]), "left"),
     "classify": (tiny_bert, ["query", "value"], ClassHead(), "right"),
+    "classify, roberta": (tiny_roberta, ["query", "value"], ClassHead(), "right"),
 }
 
 
@@ -82,6 +83,18 @@ def test_shared_batches_equal_one_unit_at_a_time(kind, train, data):
         assert_rows_equal(found[:, part], expected[:, part], 1e-4)
 
 
+@pytest.mark.parametrize("kind", ["classify", "classify, roberta"])
+def test_a_heads_logits_are_the_models_own(kind, data):
+    """Of each text alone, with the positions that the model gives it: RoBERTa's are not counted from zero."""
+    engine = make_engine(kind)
+    batch = next(make_batches(data.tokens, side="right"))
+    assert len(batch.index) == len(data.tokens)
+    with torch.no_grad():
+        found = engine.objective.logits(engine.model, batch)
+        own = [engine.model(input_ids=torch.tensor([data.tokens[i]])).logits[0] for i in batch.index]
+    torch.testing.assert_close(found, torch.stack(own), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_the_batch_budget_and_the_chunks_change_nothing(kind, data, monkeypatch):
     expected = all_updates(make_engine(kind), data, UNITS)
@@ -104,6 +117,14 @@ def test_several_local_steps_equal_plain_sgd(kind, data):
         plain.load(before)
         for _ in range(3 if len(unit) else 0):
             plain.load(plain.adapter() - 0.3 * one_by_one(plain, data, unit).float())
+        path = before - plain.adapter()
+        assert (row - path).norm() <= 1e-4 * path.norm()
+    drawn = [unit if len(unit) < 2 else np.stack([unit[:2], unit[-2:], unit[:2]]) for unit in UNITS]  # other examples in each step
+    for row, unit in zip(all_updates(engine, data, drawn, 3, 0.3), drawn, strict=True):
+        plain.load(before)
+        for step in range(3 if len(unit) else 0):
+            examples = unit[step] if unit.ndim == 2 else unit
+            plain.load(plain.adapter() - 0.3 * one_by_one(plain, data, examples).float())
         path = before - plain.adapter()
         assert (row - path).norm() <= 1e-4 * path.norm()
     one = all_updates(engine, data, UNITS, 1, 0.3)

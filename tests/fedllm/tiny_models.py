@@ -10,6 +10,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 IDS = torch.tensor([[5, 9, 2, 7], [1, 3, 3, 8]])
@@ -56,6 +58,22 @@ def tiny_bert(dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
     config = BertConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_labels=3)
     return BertForSequenceClassification(config).to(dtype)
+
+
+def tiny_roberta(dtype: torch.dtype = torch.float32):
+    """Positions begin at the padding's index and one."""
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        pad_token_id=0,
+        num_labels=3,
+    )
+    return RobertaForSequenceClassification(config).to(dtype)
 
 
 def trainable(model) -> dict[str, torch.Tensor]:

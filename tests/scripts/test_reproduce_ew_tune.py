@@ -29,8 +29,10 @@ def test_json_and_plot(run, tmp_path):
     assert (row["steps"], row["sampling_rate"]) == (660, 2000 / 67349)
     assert row["edgeworth"] == pytest.approx(row["published"]["edgeworth"], abs=5.1e-3)
     assert row["true_epsilon"] == pytest.approx(row["published"]["true_epsilon"], abs=6e-3)
-    assert row["published"]["sigma"]["edgeworth"] < row["needed_sigma"] < row["published"]["sigma"]["prv"]
-    assert row["missing_noise"] == pytest.approx(row["needed_sigma"] / 0.7865 - 1)
+    sigma, published = row["needed_sigma"], row["published"]["sigma"]
+    assert (sigma["edgeworth_1"], sigma["rdp_classic"]) == pytest.approx((published["edgeworth"], published["rdp"]), abs=5e-4)
+    assert published["edgeworth"] < sigma["pld"] < published["prv"]
+    assert row["missing_noise"] == pytest.approx(sigma["pld"] / 0.7865 - 1)
     assert row["cdf_error_over_delta"]["berry_esseen"] > 1e4 > row["cdf_error_over_delta"]["best"] > 1
     assert (tmp_path / "new" / "ew_tune.png").read_bytes().startswith(b"\x89PNG")
     assert "SST-2" in done.err

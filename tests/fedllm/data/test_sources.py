@@ -58,6 +58,14 @@ def test_the_held_out_part_is_always_the_same(tmp_path):
     assert load(source, eval_examples=10).test.texts != [row["text"] for row in ROWS[-10:]]
 
 
+def test_the_first_so_many_are_trained_on(tmp_path):
+    source = write(tmp_path / "own.csv")
+    whole, few = load(source, eval_examples=10, user="who"), load(source, eval_examples=10, user="who", train_examples=7)
+    assert few.train.texts == whole.train.texts[:7] and few.test.texts == whole.test.texts
+    assert sorted(set(few.train.users.tolist())) == list(range(few.train.users.max() + 1))
+    assert len(load(source, eval_examples=10, train_examples=1000).train) == len(load(source, eval_examples=10).train)
+
+
 def test_a_test_file_or_part_is_kept_apart(tmp_path):
     train, test = ROWS[:30], ROWS[30:]
     one = load(write(tmp_path / "train.csv", train), eval_examples=99, test=write(tmp_path / "test.csv", test))
@@ -169,6 +177,7 @@ def test_a_hub_dataset_brings_its_parts_and_class_names(monkeypatch):
     assert asked == [("owner/name", "small")]
     assert data.train.label_names == ["neg", "pos"] and list(data.train.labels) == [0, 1, 0, 1, 0, 1]
     assert len(data.test) == 4
+    assert load("owner/name:small", eval_examples=2, train_examples=3).train.texts == ["t0", "t1", "t2"]
 
 
 def test_a_hub_part_that_tells_no_classes_is_not_the_held_out_one(monkeypatch):
