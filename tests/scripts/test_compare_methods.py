@@ -104,16 +104,32 @@ def test_the_runs_of_ew_tune_differ_in_nothing_but_the_noise(checkout, tmp_path)
 
 
 def what(config):
-    """What tells the paper's models and tasks apart."""
-    return config.model.name, config.task.source, config.privacy.target.delta
+    """What tells the paper's models, tasks and settings apart."""
+    target = config.privacy.target
+    return config.model.name, config.task.source, target.epsilon, target.delta, config.federation.clients, config.federation.rounds
 
 
 @pytest.mark.parametrize(
     ("paper", "names"),
     [
         ("dr_encoder", ("llama-7b", "qwen-7b")),
-        ("cg_fedllm", ("llama-7b", "qwen-7b")),
-        ("dp_lora", ("llama-7b", "llama-7b-finance", "llama-7b-medical", "qwen-7b")),
+        (
+            "cg_fedllm",
+            (
+                *(f"{model}{budget}" for model in ("llama-7b", "qwen-7b") for budget in ("", "-eps2", "-eps0.25")),
+                "llama-7b-three-ceval",
+                "llama-7b-three-mmlu",
+            ),
+        ),
+        (
+            "dp_lora",
+            (
+                *(f"{model}{domain}" for model in ("llama-7b", "gpt2", "glm-4-9b") for domain in ("", "-finance", "-medical")),
+                "bert-base",
+                "bert-base-finance",
+                "qwen-7b",
+            ),
+        ),
         ("dp_fedlora", ("llama-7b", "qwen-7b")),
         ("ew_tune", ("sst2", "qnli", "qnli-1e-6", "qqp", "qqp-1e-6", "mnli", "mnli-1e-6")),
     ],
