@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -211,6 +212,13 @@ def apply_method(config: Config, asked: dict[str, Any] | None = None) -> Config:
             part = getattr(part, section)
         setattr(part, name, value)
     settle(config)
+    for key in ("codec.prior", "federation.server.space"):  # what other parts leave no choice about, `settle` has undone
+        value = operator.attrgetter(key)(config)
+        if asked and asked.get(key, value) != value:
+            raise UserError(
+                f"{key}={asked[key]}: expected {value} with method={config.method}, codec.family={config.codec.family}, "
+                f"codec.decode={config.codec.decode}, federation.server.optimizer={config.federation.server.optimizer}"
+            )
     return config
 
 

@@ -101,7 +101,8 @@ def test_without_privacy_nothing_is_quantized(empty):
     ],
 )
 def test_the_server_steps_along_codes_where_there_is_a_linear_one(overrides, space, empty):
-    assert load_config(empty, ["federation.server.space=code", *overrides]).federation.server.space == space
+    empty.write_text("federation: {server: {space: code}}")
+    assert load_config(empty, overrides).federation.server.space == space
 
 
 def test_public_rows_are_either_fitted_or_held_out():
@@ -348,6 +349,8 @@ COMBINATIONS = [
     ),
     ([*PRODUCT, *USER, "federation.aggregation=stack"], "federation.aggregation=stack: expected privacy.unit=client, not user"),
     (["federation.server.optimizer=scaffold"], "federation.server.optimizer=scaffold: its control variates are a second release"),
+    (["method=full_noise", "federation.server.space=code"], "federation.server.space=code: expected update with method=full_noise"),
+    (["codec.family=sketch", "codec.prior=public"], "codec.prior=public: expected none with method=dr_encoder, codec.family=sketch"),
     (["method=scaffold"], "method=scaffold: its control variates are a second release"),
     (["federation.local.batch=4", "privacy.unit=user", "task.columns.user=who"], "federation.local.batch=4: expected null"),
     (["federation.aggregation=SCAFFOLD"], "federation.aggregation=SCAFFOLD: its control variates are a second release"),
