@@ -13,24 +13,24 @@ def bench_figure(found: Mapping[str, Any], path: str | Path) -> Path:
     """Rate-distortion curves of every codec and prior, and their error after noise with its minimum marked. Returns `path`."""
     curves: dict[str, list[dict[str, Any]]] = {}
     for row in found["rows"]:
-        if row["signal_energy"] is not None and row["code_size"] is not None:
+        if row["code_size"] is not None and (row["signal_energy"], row["total_error"]) != (None, None):
             curves.setdefault(f"{row['codec']}, {row['prior']}", []).append(row)
     with _style():
         figure = _figure(11, 5.5)
         kept, error = figure.subplots(1, 2)
         for number, (name, rows) in enumerate(sorted(curves.items())):
             rows = sorted(rows, key=lambda row: row["code_size"])
-            sizes = [row["code_size"] for row in rows]
             look = {
                 "color": COLOURS[number % len(COLOURS)],
                 "marker": MARKERS[number % len(MARKERS)],
                 "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3],
             }
-            kept.plot(sizes, [row["signal_energy"] for row in rows], label=name, **look)
-            errors = [row["total_error"] for row in rows]
+            kept.plot(*points(rows, "signal_energy"), label=name, **look)
+            sizes, errors = points(rows, "total_error")  # of other clients' signal: where that is lost in sampling noise there is none
             error.plot(sizes, errors, **look)
-            least = min(range(len(rows)), key=lambda place: errors[place])
-            error.plot(sizes[least], errors[least], marker="o", markersize=13, markerfacecolor="none", color=look["color"])
+            if errors:
+                least = errors.index(min(errors))
+                error.plot(sizes[least], errors[least], marker="o", markersize=13, markerfacecolor="none", color=look["color"])
         known = {row["code_size"]: row["oracle_signal_energy"] for row in found["rows"] if row["oracle_signal_energy"] is not None}
         oracle = sorted(known.items())
         if oracle:
@@ -47,3 +47,9 @@ def bench_figure(found: Mapping[str, Any], path: str | Path) -> Path:
         if kept.lines:
             figure.legend(loc="outside lower center", ncols=3)
         return _save(figure, path)
+
+
+def points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Code sizes and values of a column, where there is one."""
+    known = [row for row in rows if row[key] is not None]
+    return [row["code_size"] for row in known], [row[key] for row in known]

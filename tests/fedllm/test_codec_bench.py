@@ -274,6 +274,21 @@ def test_errors_below_zero_are_drawn(monkeypatch, tmp_path):
     assert 0 < heights[1] < heights[0] < heights[2] < 1
 
 
+def test_a_figure_leaves_out_what_could_not_be_told(monkeypatch, tmp_path):
+    """A signal lost in sampling noise: of the cohort, of the others, of both."""
+    figures = []
+    monkeypatch.setattr("fedllm.bench.plots._save", lambda figure, path: figures.append(figure))
+    for errors, energies in (((None, None), (0.5, 0.9)), ((0.3, None), (None, 0.9)), ((None, None), (None, None))):
+        rows = [
+            {"codec": "linear", "prior": "public", "code_size": size, "signal_energy": energy, "oracle_signal_energy": None}
+            | {"oracle_size": None, "total_error": error}
+            for size, error, energy in zip((4, 8), errors, energies, strict=True)
+        ]
+        bench_figure({"model": "m", "task": "t", "why_not_private": "diagnostic", "rows": rows}, tmp_path / "codecs.png")
+        drawn = [[y for line in panel.lines[:1] for y in line.get_ydata()] for panel in figures.pop().axes]
+        assert drawn == [[value for value in values if value is not None] for values in (energies, errors)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
