@@ -25,10 +25,12 @@ def bench_figure(found: Mapping[str, Any], path: str | Path) -> Path:
                 "marker": MARKERS[number % len(MARKERS)],
                 "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3],
             }
-            kept.plot(*points(rows, "signal_energy"), label=name, **look)
+            energies = points(rows, "signal_energy")
+            if energies[0]:
+                kept.plot(*energies, label=name, **look)
             sizes, errors = points(rows, "total_error")  # of other clients' signal: where that is lost in sampling noise there is none
-            error.plot(sizes, errors, **look)
-            if errors:
+            if sizes:
+                error.plot(sizes, errors, **look)
                 least = errors.index(min(errors))
                 error.plot(sizes[least], errors[least], marker="o", markersize=13, markerfacecolor="none", color=look["color"])
         known = {row["code_size"]: row["oracle_signal_energy"] for row in found["rows"] if row["oracle_signal_energy"] is not None}
@@ -41,7 +43,8 @@ def bench_figure(found: Mapping[str, Any], path: str | Path) -> Path:
         kept.set_ylim(min(0, kept.get_ylim()[0]), 1.05)
         error.set_ylabel("signal's energy missed after clip and noise (ring: least)")
         for axis in (kept, error):
-            axis.set_xscale("log", base=2)
+            if axis.lines:
+                axis.set_xscale("log", base=2)
             axis.set_xlabel("numbers in the code")
         figure.suptitle(f"{found['model']} on {found['task']}: {found['why_not_private']}", x=0.01, ha="left", color=WARNING)
         if kept.lines:
