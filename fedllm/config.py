@@ -115,6 +115,8 @@ def check(config: Config) -> None:
     in_range("federation.local.steps", fed.local.steps, 1)
     in_range("federation.local.lr", fed.local.lr, 0, open_low=True)
     in_range("federation.local.prox", fed.local.prox, 0)
+    if fed.local.prox > 0 and fed.local.steps == 1:
+        raise UserError(f"federation.local.prox={fed.local.prox:g}: expected 0 with one local step, which nothing draws back")
     if fed.local.batch is not None:
         in_range("federation.local.batch", fed.local.batch, 1)
     in_range("federation.server.lr", fed.server.lr, 0, open_low=True)

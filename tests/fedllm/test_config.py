@@ -256,6 +256,12 @@ def test_what_noises_the_update_is_orthonormal(empty):
             assert "expected code" in refusal(empty, *overrides)
 
 
+def test_a_proximal_term_needs_a_second_step(empty):
+    said = refusal(empty, "federation.local.prox=0.1")
+    assert said == "federation.local.prox=0.1: expected 0 with one local step, which nothing draws back"
+    load_config(empty, ["federation.local.prox=0.1", "federation.local.steps=2"])
+
+
 @pytest.mark.parametrize(("key", "value"), RANGES)
 def test_a_value_out_of_range_names_key_and_range(key, value, empty):
     said = refusal(empty, f"{key}={value}")
