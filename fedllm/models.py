@@ -1,6 +1,7 @@
 """A base model from a demo asset, a hub id, a folder or a GGUF file, with its adapter and its tokenizer."""
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 KINDS = ("labels", "classify", "text")
+SLOW = 3.0  # times as long as in float32, beyond what a busy machine does to a measurement
+MEASURED = 0.3  # seconds after which no other product is timed
 BFLOAT16_GAIN = 1.5  # bfloat16 is taken when its matrix products are this many times faster
 
 
@@ -93,14 +96,29 @@ def resolve_dtype(name: str, kind: str = "labels") -> str:
     return "bfloat16" if _matmul_seconds("float32") >= BFLOAT16_GAIN * _matmul_seconds("bfloat16") else "float32"
 
 
+def warn_if_slow(dtype: str) -> None:
+    """Say in the open where a dtype that was asked for takes far longer than float32; a GPU is not measured."""
+    if dtype == "float32" or default_device() != "cpu":
+        return
+    times = _matmul_seconds(dtype) / _matmul_seconds("float32")
+    if times > SLOW:
+        print(
+            f"warning: model.dtype={dtype}: a matrix product takes {times:.0f} times as long as with float32 on this processor; "
+            "model.dtype=auto takes the faster",
+            file=sys.stderr,
+        )
+
+
 def _matmul_seconds(dtype: str) -> float:
-    """Best of a few products of the size that a small LLM makes."""
+    """Best of a few products of the size that a small LLM makes. Processors without bfloat16 take seconds for one: two have to do there."""
     left, right = (torch.ones(shape, dtype=getattr(torch, dtype)) for shape in ((512, 576), (1536, 576)))
-    best = math.inf
-    for _ in range(8):
+    best, begun = math.inf, time.perf_counter()
+    for count in range(8):
         start = time.perf_counter()
         nn.functional.linear(left, right)
         best = min(best, time.perf_counter() - start)
+        if count and time.perf_counter() - begun > MEASURED:
+            break
     return best
 
 

@@ -24,7 +24,7 @@ from fedllm.config import load_config, save_config
 from fedllm.errors import UserError
 from fedllm.federation import Federation, Progress, public_seed
 from fedllm.methods import claim_of
-from fedllm.models import resolve_dtype
+from fedllm.models import resolve_dtype, warn_if_slow
 from fedllm.monitor import Monitor, open_display
 from fedllm.parallel import build
 from fedllm.privacy import adversaries, claims
@@ -63,6 +63,7 @@ def train(config: Config, before: evaluation.Evaluation | None = None) -> dict[s
             setting = build(config, public_seed(run_id, config), display.phase)
         check_sizes(config, setting.engine.layout.size)
         check_population(config, setting)
+        warn_if_slow(config.model.dtype)
         groups = clip_groups(setting.engine.layout, config.privacy.clip.groups)
         calibration = calibrate(config, setting.partition.unit_count, len(groups))
         with claimed(run_dir):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What every codec keeps of real updates' signal, on both demo models and all four demo texts (a diagnostic, not private).
 #   bash scripts/codec_tables.sh [MODEL[/TASK] ...]   smollm2-135m, minilm-l6: about an hour on two cores, a tenth of it for MiniLM
-# CODECS=mine adds a codec of yours. Results and figures go to results/codec-bench; what is there is kept. Public text is what SmolLM2 writes
+# CODECS=mine adds a codec of yours, DTYPE=float32 is for processors that know no bfloat16. Results and figures go to results/codec-bench; what is there is kept. Public text is what SmolLM2 writes
 # for each task.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +17,7 @@ bench() {
     case "$only" in "$task" | "") ;; *) return ;; esac
     [ -f "$out/$name.json" ] && return
     echo "codec_tables: $name" >&2
-    .venv/bin/fedllm codec bench "$config" seed=1 model.dtype=bfloat16 "task.source=$task" "task.generate.prompt=$prompt" \
+    .venv/bin/fedllm codec bench "$config" seed=1 "model.dtype=${DTYPE:-bfloat16}" "task.source=$task" "task.generate.prompt=$prompt" \
         task.generate.count=450 codec.public_examples=400 codec.public_labels=given federation.expected_cohort=100 "$@" --rounds 2 --others 300 \
         --codecs "linear,kronecker,coordinate,chain,sketch,autoencoder${CODECS:+,$CODECS}" --priors public --sizes "$sizes" --out "runs/codec-bench/$name" \
         --json > "runs/codec-bench/$name.part"

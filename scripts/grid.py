@@ -1,12 +1,13 @@
 """Run a grid of configs one after another, and say what came out: mean, paired differences by seed, 95 % intervals.
 
-    python scripts/grid.py configs/grids/evidence.yaml [--report] [--again] [--json] [--only NAME ...] [--out DIR]
+    python scripts/grid.py configs/grids/evidence.yaml [key=value ...] [--report] [--again] [--json] [--only NAME ...] [--out DIR]
 
 A grid is a YAML file: `config` (a config file), `common` (overrides of every run), `seeds`, `out` (a folder), `reference` (a
 variant, for the paired differences) and `variants` (name -> overrides); or, in the place of variants, `axes` and `tune`, see
 `grid_axes.py`. Interrupted runs are resumed and finished ones kept: their results.json stands in `results/GRID/` as well, which the
 repository carries, so that the tables of the README can be told again at once. `--report` only reads what is there; `--again` trains
-everything anew; `--out` writes table.md, table.json and figures.
+everything anew; `--out` writes table.md, table.json and figures. `key=value` is for all runs, over whatever the grid says
+(`model.dtype=float32` where a processor knows no bfloat16): another grid then, with a folder of its own, of which `results/` has nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,7 @@ from fedllm.errors import UserError
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("grid", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, over the grid's own")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--report", action="store_true", help="run nothing, read what is there")
     parser.add_argument("--again", action="store_true", help="do not take finished runs from results/, train them here")
@@ -48,8 +51,8 @@ def main() -> None:
 
 def work(arguments: argparse.Namespace) -> None:
     """Train what is asked for, tell what is there."""
-    grid = load_grid(arguments.grid)
-    grid["kept"] = None if arguments.again else Path("results") / arguments.grid.stem
+    grid = overridden(load_grid(arguments.grid), arguments.overrides)
+    grid["kept"] = None if arguments.again or arguments.overrides else Path("results") / arguments.grid.stem
     runner = Runner(grid)
     names = chosen(grid, arguments.only)
     if not arguments.report:
@@ -63,6 +66,16 @@ def work(arguments: argparse.Namespace) -> None:
     if arguments.out:
         for file in write_report(grid, rows, tuned, arguments.out):
             print(f"written: {file}", file=sys.stderr)
+
+
+def overridden(grid: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """The grid with key=value for all its runs, which go to a folder of their own."""
+    for override in overrides:
+        if not re.fullmatch(r"[a-z0-9_.]+=.*", override, re.DOTALL) or override.split("=")[0] in ("seed", "output_dir"):
+            raise UserError(f"{override}: expected key=value, but for seed and output_dir, which are the grid's")
+    if not overrides:
+        return grid
+    return grid | {"overrides": overrides, "out": "-".join([grid["out"], *(re.sub(r"[^\w.=]+", "_", each) for each in overrides)])}
 
 
 class Runner:
@@ -98,7 +111,8 @@ class Runner:
         from fedllm.training.engine import Evaluation
 
         where = self.folder(name, seed)
-        settings = [*self.grid.get("common", []), *overrides, f"seed={seed}", f"output_dir={where}"]
+        own = [*self.grid.get("common", []), *overrides, *self.grid.get("overrides", [])]
+        settings = [*own, f"seed={seed}", f"output_dir={where}"]
         config = load_config(self.grid["config"], settings)
         model = untrained(config)
         with self.turn(where):

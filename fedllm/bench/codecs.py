@@ -24,6 +24,7 @@ from fedllm.bench.scores import Cohorts, Score, add, add_oracle, stored_bytes
 from fedllm.combinations import REAL, ROW_PARTS, ROWS, priors_of
 from fedllm.errors import RunStopped, UserError
 from fedllm.federation import public_seed
+from fedllm.models import warn_if_slow
 from fedllm.monitor import Phase
 from fedllm.privacy.events import sum_multiplier
 from fedllm.run import calibrate, resolve
@@ -70,6 +71,7 @@ def bench(
     for name in prior_names:
         check_prior_name(name)
     config = resolve(config)
+    warn_if_slow(config.model.dtype)
     setting = build(config, public_seed("0" * 16, config), phase=phase)
     if setting.public is None:
         raise UserError("task.public: expected a source of public text; the priors that cost nothing are made of it")

@@ -40,6 +40,15 @@ def test_dtype_auto_takes_what_measured_faster(monkeypatch, gain, dtype):
     assert models.resolve_dtype("bfloat16") == "bfloat16"
 
 
+@pytest.mark.parametrize(("times", "dtype", "told"), [(46.0, "bfloat16", True), (1.5, "bfloat16", False), (46.0, "float32", False)])
+def test_a_dtype_that_is_slow_here_is_told(monkeypatch, capsys, times, dtype, told):
+    monkeypatch.setattr(models, "_matmul_seconds", {"float32": 0.1, "bfloat16": 0.1 * times}.get)
+    monkeypatch.setattr(models, "default_device", lambda: "cpu")
+    models.warn_if_slow(dtype)
+    said = capsys.readouterr().err
+    assert ("46 times as long" in said) == told and len(said.splitlines()) == told
+
+
 def test_a_folder_loads_and_its_shapes_can_be_counted_without_weights(tmp_path):
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

@@ -167,6 +167,26 @@ def test_a_run_of_another_process_is_waited_for(axes, load, tmp_path, monkeypatc
     assert capsys.readouterr().err.count("waiting for it") == 1
 
 
+def test_an_override_is_for_every_run_over_the_grids_own_and_elsewhere(axes, load, tmp_path, monkeypatch):
+    import grid
+
+    import fedllm.run
+
+    monkeypatch.chdir(tmp_path)
+    plain = load(config=str(ROOT / "configs/quickstart.yaml"), common=["model.dtype=bfloat16"])
+    runner = grid.Runner(grid.overridden(plain, ["model.dtype=float32", "lora.targets=[q_proj,k_proj]"]) | {"kept": None})
+    results = {"accuracy": 0.5, "accuracy_before": 0.4, "loss_before": 1.0}
+    trained = []
+    monkeypatch.setattr(fedllm.run, "train", lambda config, before: trained.append(config) or results)
+    runner.run("one-fedit-inf", ["lora.r=2"], 1)
+    assert (trained[0].model.dtype, trained[0].lora.targets, trained[0].lora.r) == ("float32", ["q_proj", "k_proj"], 2)
+    assert trained[0].output_dir == "runs/x-model.dtype=float32-lora.targets=_q_proj_k_proj_/one-fedit-inf-seed1"
+    assert grid.overridden(plain, []) == plain
+    for wrong in ("dr_encoder", "seed=3", "output_dir=here"):
+        with pytest.raises(axes.UserError, match=f"^{wrong}: expected key=value"):
+            grid.overridden(plain, [wrong])
+
+
 def test_no_two_processes_keep_the_same_results_at_once(axes, load, tmp_path, monkeypatch):
     import fcntl
 
