@@ -17,6 +17,7 @@ from dr_encoder.quantize import quantize
 from fedllm.privacy.clipping import clip_bits, clip_by_group, clip_units_, unit_norms
 from fedllm.privacy.noise import Noise
 from fedllm.release import PrivateSum
+from fedllm.schema import LocalConfig
 
 Encode = Callable[[Tensor], Tensor]  # [units, n] -> [units, size]
 BLOCK = 2**19  # values added at once
@@ -31,6 +32,17 @@ class UnitMoments:
 
     def __call__(self, updates: Tensor) -> Tensor:
         return unit_moments(updates, self.layout, self.scale)
+
+
+def local_batches(records: np.ndarray, local: LocalConfig, uniforms: Callable[[tuple[int, int]], np.ndarray]) -> np.ndarray:
+    """The records that a client trains on: all it has, or `federation.local.batch` of them drawn anew for each step [steps, batch].
+
+    uniforms: shape -> independent numbers in [0, 1).
+    """
+    if local.batch is None or len(records) <= local.batch:
+        return records
+    chosen = records[uniforms((local.steps, len(records))).argsort(axis=1)[:, : local.batch]]
+    return chosen if local.steps > 1 else chosen[0]
 
 
 def code_of(codec: Codec, adapter: Tensor | None) -> Encode:

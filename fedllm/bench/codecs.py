@@ -21,6 +21,7 @@ from dr_encoder.quantize import dtype_of
 from fedllm import priors, public
 from fedllm.bench.memory import TensorPeak
 from fedllm.bench.scores import Cohorts, Score, add, add_oracle, stored_bytes
+from fedllm.client import local_batches
 from fedllm.combinations import REAL, ROW_PARTS, ROWS, priors_of
 from fedllm.errors import RunStopped, UserError
 from fedllm.federation import public_seed
@@ -177,7 +178,7 @@ def collect(setting: Setting, config: Config, rng: np.random.Generator, half: in
     clients = rng.choice(setting.partition.clients, 2 * half + others, replace=False)
     local = config.federation.local
     updates = torch.empty(len(clients), setting.engine.layout.size)
-    records = [setting.partition.records(int(client)) for client in clients]
+    records = [local_batches(setting.partition.records(int(client)), local, rng.random) for client in clients]
     for where, some in setting.engine.updates(setting.train, records, local.steps, local.lr, local.prox):
         updates[where] = some
     return Cohorts(updates[:half], updates[half : 2 * half], updates[2 * half :])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dr_encoder.codecs import Codec
 from dr_encoder.feedback import ErrorFeedback
-from fedllm.client import Encode, add_rows, code_of, expect_finite, message, unit_vectors
+from fedllm.client import Encode, add_rows, code_of, expect_finite, local_batches, message, unit_vectors
 from fedllm.codec_fit import Announcement, client_fit
 from fedllm.privacy.noise import Noise
 from fedllm.public import PublicGradients
@@ -133,14 +133,9 @@ class Simulation:
             yield from zip(clients, totals, strict=True)
 
     def _drawn(self, client: int, spec: PrivateSum) -> np.ndarray:
-        """The records that a client trains on: all it has, or `federation.local.batch` drawn anew for each step [steps, batch]."""
-        records, batch = self.setting.partition.records(client), self.local.batch
-        if batch is None or len(records) <= batch:
-            return records
-        shape = (self.local.steps, len(records))
-        draws = self.noise.uniform(shape, stage=spec.stage, round=spec.round, client=client, purpose="batch")
-        chosen = records[draws.argsort(axis=1)[:, :batch]]
-        return chosen if self.local.steps > 1 else chosen[0]
+        """The records that a client trains on, by its own draw."""
+        key = {"stage": spec.stage, "round": spec.round, "client": client, "purpose": "batch"}
+        return local_batches(self.setting.partition.records(client), self.local, lambda shape: self.noise.uniform(shape, **key))
 
     def _sampled(self, client: int, spec: PrivateSum) -> list[np.ndarray]:
         """The records of each unit that a client takes, by its own coin each."""

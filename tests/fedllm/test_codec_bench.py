@@ -12,13 +12,14 @@ from dr_encoder.codecs import CODECS
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import from_public_gradients
 from fedllm import cli, priors
-from fedllm.bench.codecs import Candidate, adam_weights, prior_of
+from fedllm.bench.codecs import Candidate, adam_weights, collect, prior_of
 from fedllm.bench.memory import TensorPeak
 from fedllm.bench.plots import bench_figure
 from fedllm.bench.scores import Cohorts, Score, add, add_oracle
 from fedllm.config import load_config
 from fedllm.errors import UserError
 from fedllm.public import PublicGradients
+from fedllm.setting import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -146,6 +147,17 @@ def test_the_command_clips_as_a_run_does(tiny, tmp_path, capsys, monkeypatch):
     ((length, noise_std, size),) = means
     assert noise_std == pytest.approx(row["noise_multiplier"] * 0.1 / 6)
     assert length <= 0.1 + 4 * noise_std * size**0.5
+
+
+def test_clients_train_on_the_batches_that_a_run_has_them_draw(configured):
+    config = configured("run", "federation.local.batch=2", "federation.local.steps=3")
+    setting = build(config, 0)
+    asked = []
+    setting.engine.updates = lambda data, units, *_: asked.extend(units) or []
+    collect(setting, config, np.random.default_rng(0), 2, 4)
+    owned = [len(setting.partition.records(client)) for client in range(setting.partition.clients)]
+    assert len(asked) == 8 and max(owned) > 2
+    assert all(unit.shape == (3, 2) if unit.ndim == 2 else len(unit) <= 2 for unit in asked) and any(unit.ndim == 2 for unit in asked)
 
 
 def test_the_table_says_what_its_error_is(tiny, tmp_path, capsys):
