@@ -33,7 +33,7 @@ from fedllm.schema import Config
 from fedllm.server import ServerOptimizer
 from fedllm.setting import Setting, build
 
-SEED = 0  # of the cohorts and the noise: nothing here is private
+SEED = 0  # of the cohorts and the noise, unless the config has one: nothing here is private
 NOT_PRIVATE = "diagnostic: not private"
 COSTS = {"moments": "stage 1 (here its private moments, without noise)", "real": priors.REAL_COST}
 
@@ -82,7 +82,8 @@ def bench(
         raise UserError(f"--others {others}: expected 2 to {setting.partition.clients - 2 * half}, the clients beside the cohort")
     noise = noise_of_sum(config, setting)
     per_unit = max(1, round(len(setting.train) / setting.partition.unit_count))
-    rng = np.random.default_rng(SEED)
+    seed = SEED if config.seed is None else config.seed
+    rng = np.random.default_rng([seed, 0])
     if config.federation.warm_start.steps:
         with phase(f"{config.federation.warm_start.steps} steps on public text", total=config.federation.warm_start.steps) as advance:
             try:
@@ -107,7 +108,7 @@ def bench(
         cohorts = dataclasses.replace(cohorts, weights=adam_weights(layout, rows))
         with phase(f"round {number + 1} of {rounds}: {len(candidates)} codecs", total=len(candidates)) as advance:
             for candidate in candidates:
-                step(candidate, config, layout, cohorts, rows, noise, per_unit, number, rng)
+                step(candidate, config, layout, cohorts, rows, noise, per_unit, number, seed)
                 advance(1)
         if not any(each.score.rounds for each in candidates):
             first = candidates[0]
@@ -193,9 +194,12 @@ def step(
     noise: float,
     per_unit: int,
     number: int,
-    rng: np.random.Generator,
+    seed: int,
 ) -> None:
-    """Refit one candidate where it is due, and score it on this round. per_unit: examples of a unit, for the clip norm."""
+    """Refit one candidate where it is due, and score it on this round. per_unit: examples of a unit, for the clip norm.
+
+    The noise follows from seed and round alone, so that a candidate's figures are the same whichever others stand beside it.
+    """
     refresh = config.codec.refresh
     if candidate.failed is not None:
         return
@@ -225,7 +229,7 @@ def step(
             candidate.failed = str(error)
             return
         noise_std = noise * clip / expected
-    noisy = add(candidate.score, codec, cohorts, noise_std, rng, clip)
+    noisy = add(candidate.score, codec, cohorts, noise_std, np.random.default_rng([seed, 1, number]), clip)
     if noisy is not None and "released" in candidate.prior:
         candidate.past.add(codec.decode(noisy), noise_std, codec.code_size)
 

@@ -190,7 +190,7 @@ def test_working_memory_is_the_most_that_is_held_at_once():
 
 
 def test_the_command(tiny, tmp_path, capsys):
-    arguments = ["codec", "bench", str(tiny / "config.yaml"), "--rounds", "2", "--others", "12", "--sizes", "4,160", "--out", str(tmp_path)]
+    arguments = ["codec", "bench", str(tiny / "config.yaml"), "seed=5", "--rounds", "2", "--others", "12", "--sizes", "4,160", "--out", str(tmp_path)]
     assert cli.run([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["private"] is False and "not private" in found["why_not_private"]
@@ -205,6 +205,17 @@ def test_the_command(tiny, tmp_path, capsys):
     assert all(row["message_bytes"] is None or row["message_bytes"] > 0 for row in found["rows"])
     assert {(each["codec"], each["code_size"]) for each in found["failed"]} >= {("powersgd", 4), ("linear", 160)}
     assert (tmp_path / "codecs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_codecs_figures_are_the_same_whichever_stand_beside_it_and_others_with_another_seed(tiny, tmp_path, capsys):
+    command = ["codec", "bench", str(tiny / "config.yaml"), "--others", "12", "--sizes", "4", "--priors", "public", "--out", str(tmp_path)]
+
+    def kept(codecs, seed):
+        assert cli.run([*command, f"seed={seed}", "--rounds", "2", "--codecs", codecs, "--json"]) == 0
+        row = next(row for row in json.loads(capsys.readouterr().out)["rows"] if row["codec"] == "linear")
+        return row["kept_energy_mean"], row["total_error"]
+
+    assert kept("linear", 1) == kept("linear,coordinate,sketch", 1) != kept("linear", 2)
 
 
 def test_the_table_says_that_it_is_not_private(tiny, tmp_path, capsys):
