@@ -17,8 +17,6 @@ ROWS = "public[+released][+random]"
 ROW_PARTS = ("public", "released", "random")
 REAL = "real"  # clients' own raw gradients: wherever rows may stand, but never private
 CHAINS = (("coordinate", "allocation", "kronecker"), ("linear", "coordinate"))  # what may stand first and second in codec.parts
-
-STEPPED = ("linear", "kronecker", "coordinate", "chain", "sketch")  # codecs along whose codes the server may step
 SERVER_OPTIMIZERS = ("sgd", "momentum", "adam", "adagrad", "yogi", "fedavg", "fedavgm", "fedadam", "fedadagrad", "fedyogi")
 ENGINE_NAMES = ("torch", "deepspeed")
 PARALLEL_MODES = ("none", "clients", "data")
@@ -61,9 +59,10 @@ def settle(config: Config) -> None:
 
 
 def steps_in_code(config: Config) -> bool:
-    """Whether the server may step along codes: a linear code, decoded once, and Adam. (With all n numbers it would be Adam as it is.)"""
+    """Whether the server may step along codes: a projection, decoded once, and Adam. (With all n numbers it would be Adam as it is.)"""
     codec, fed = config.codec, config.federation
-    one_code = codec.family in STEPPED and codec.decode == "mean" and codec.prior != "moments"
+    projection = codec.family == "chain" or (family_of(codec.family).orthonormal and codec.family != "identity")
+    one_code = projection and codec.decode == "mean" and codec.prior != "moments"
     return one_code and fed.server.optimizer == "adam" and config.privacy.clip.of == "update"
 
 

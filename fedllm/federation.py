@@ -188,7 +188,7 @@ class Federation:
                 if not self.in_code:
                     update = self.codec.decode(code, spec.mean_std if self.config.codec.shrink else 0.0)
                 if "released" in self.config.codec.prior:
-                    self.past.add(self.codec.decode(code), spec.mean_std, len(code))
+                    self.past.add(self.codec, code, spec.mean_std)
         if self.mechanism.of_state:  # what was sent is the way from zero to the new adapter
             update = self.engine.adapter() + update
         with self.watch.phase("server"):

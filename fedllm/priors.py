@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dr_encoder.codecs import Codec, decoded_noise_energy
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import (
     GaussianPrior,
@@ -38,13 +39,13 @@ class Past:
     """What earlier rounds left, oldest first, all of it public: decoded noisy mean codes (the ledger has them), and public gradients."""
 
     updates: list[Tensor] = field(default_factory=list)
-    noise: list[float] = field(default_factory=list)  # energy of the noise in each
+    noise: list[float] = field(default_factory=list)  # expected energy of the noise in each
     gradients: list[Tensor] = field(default_factory=list)  # of earlier refits, [count, n] each
 
-    def add(self, update: Tensor, noise_std: float, code_size: int) -> None:
-        """Remember one round: its code decoded without shrinking [n], and the noise of each of the code's numbers."""
-        self.updates = [*self.updates, update][-MOST_RELEASED:]
-        self.noise = [*self.noise, code_size * noise_std**2][-MOST_RELEASED:]
+    def add(self, codec: Codec, code: Tensor, noise_std: float) -> None:
+        """Remember one round by its noisy mean code [k], decoded without shrinking; noise_std: of each of its numbers."""
+        self.updates = [*self.updates, codec.decode(code)][-MOST_RELEASED:]
+        self.noise = [*self.noise, decoded_noise_energy(codec, code, noise_std)][-MOST_RELEASED:]
 
     def keep(self, gradients: Tensor, most: int) -> None:
         """Remember the public gradients [count, n] of a refit, and forget all but the `most` newest."""

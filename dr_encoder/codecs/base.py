@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -132,6 +133,21 @@ def require_no_noise(noise_std: float, family: str) -> None:
     """Raise ValueError unless noise_std is 0: for families whose codes cannot be summed, so that none can be private."""
     if noise_std != 0:
         raise ValueError(f"Expected noise_std={noise_std} = 0: codes of family {family} cannot be summed, so they carry no noise")
+
+
+NOISE_DRAWS = 16
+
+
+def decoded_noise_energy(codec: Codec, code: Tensor, noise_std: float, seed: int = 0) -> float:
+    """Expected energy of what noise of `noise_std` in each number of a code [k] becomes when it is decoded, E |D(c + z) - D(c)|^2.
+
+    k s^2 for an orthonormal code; for another, which may stretch it, the mean over NOISE_DRAWS draws of a public seed around this code.
+    """
+    if codec.orthonormal or noise_std == 0:
+        return len(code) * noise_std**2
+    generator, centre = torch.Generator().manual_seed(seed), codec.decode(code)
+    draws = (codec.decode(code + noise_std * torch.randn(len(code), generator=generator)) - centre for _ in range(NOISE_DRAWS))
+    return fmean(float(draw.double().square().sum()) for draw in draws)
 
 
 _PART = 1 << 20  # numbers that are summed in float64 at once

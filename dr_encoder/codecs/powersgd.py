@@ -66,7 +66,7 @@ class PowerSGDCodec(Codec):
         rank: int | None = None,
         **options: Any,
     ) -> PowerSGDCodec:
-        """Start each Q at random columns; `warm_started` then carries the last one on.
+        """Start each Q at random columns, as at every refit of a run; `warm_started` carries the last one on where somebody holds it.
 
         Args:
             code_size: None, or at most so many numbers are sent (the codec's own `code_size` says how many).

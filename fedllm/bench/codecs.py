@@ -231,7 +231,7 @@ def step(
         noise_std = noise * clip / expected
     noisy = add(candidate.score, codec, cohorts, noise_std, np.random.default_rng([seed, 1, number]), clip)
     if noisy is not None and "released" in candidate.prior:
-        candidate.past.add(codec.decode(noisy), noise_std, codec.code_size)
+        candidate.past.add(codec, noisy, noise_std)
 
 
 def prior_of(candidate: Candidate, config: Config, layout: AdapterLayout, cohorts: Cohorts, rows, number: int) -> GaussianPrior | None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from dr_encoder import codecs
-from dr_encoder.codecs import CODECS
+from dr_encoder.codecs import CODECS, decoded_noise_energy
 from dr_encoder.codecs.allocation import AllocationCodec
 from dr_encoder.codecs.base import wiener_gain
 from dr_encoder.codecs.coordinate import CoordinateCodec
 from dr_encoder.codecs.linear import LinearCodec, principal_subspace
 from dr_encoder.layout import AdapterLayout
-from dr_encoder.priors import from_moments, from_public_gradients
+from dr_encoder.priors import from_moments, from_public_gradients, from_released
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,11 +55,37 @@ def decodable(codec, codes: torch.Tensor) -> tuple[torch.Tensor, float]:
     return (codes.mean(0), 0.1) if codec.summable else (codes[0], 0.0)
 
 
+def test_released_noise_alone_is_taken_for_a_signal_half_the_time_even_where_decoding_stretches_it():
+    """allocation then linear, factors of very different scale: k s^2 is a small part of the decoded noise's energy."""
+    layout, scale = LAYOUT, LAYOUT.spread(torch.tensor([1.0, 0.01, 3.0]))
+    prior = from_public_gradients(layout, torch.randn(40, N, generator=seeded(1)) * scale)
+    codec = CODECS["chain"].fit(prior, layout, 16, 0.0, 0, parts=("allocation", "linear"))
+    generator, taken = seeded(2), 0
+    for _ in range(60):
+        code = 0.3 * torch.randn(16, generator=generator)
+        try:
+            from_released(layout, codec.decode(code)[None], decoded_noise_energy(codec, code, 0.3) ** 0.5, 1)
+            taken += 1
+        except ValueError:
+            pass
+    assert 12 < taken < 45
+
+
 @pytest.mark.parametrize(("family", "structure"), CASES)
 class TestConformance:
     @pytest.fixture
     def codec(self, family, structure):
         return fit(family, structure)
+
+    def test_decoded_noise_has_the_energy_that_is_said(self, codec):
+        """By many draws around this code, whatever the decoder does to their length."""
+        if not codec.summable:
+            pytest.skip("carries no noise")
+        code, generator = codec.encode(rows(9, 1))[0], seeded(5)
+        noisy = (code + 0.3 * torch.randn(400, codec.code_size, generator=generator)).unbind()
+        energy = torch.stack([codec.decode(each) - codec.decode(code) for each in noisy]).square().sum(1).mean()
+        assert decoded_noise_energy(codec, code, 0.3) == pytest.approx(float(energy), rel=0.35)
+        assert decoded_noise_energy(codec, code, 0.0) == 0
 
     def test_shapes_and_types(self, codec, family):
         assert codec.update_size == N

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from dr_encoder.codecs import CODECS
 from dr_encoder.layout import AdapterLayout
 from fedllm import federation, priors, public, run
 from fedllm.data import generated
@@ -170,7 +171,9 @@ def test_earlier_gradients_weigh_half_with_every_refit():
 
 def test_past_gradients_and_codes_survive_a_checkpoint():
     past = priors.Past()
-    past.add(torch.ones(3), 0.5, 2)
+    layout = AdapterLayout.of([("A", torch.zeros(1, 3))])
+    past.add(CODECS["identity"].fit(None, layout, None, 0.0, 0), torch.ones(3), 0.5)
+    assert past.noise == [0.75]
     for number in range(12):  # two digits: in their order, not that of their names
         past.keep(torch.full((1, 3), float(number)), 11)
     again = priors.Past.from_state(past.state())
