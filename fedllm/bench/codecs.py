@@ -28,6 +28,7 @@ from fedllm.federation import public_seed
 from fedllm.models import warn_if_slow
 from fedllm.monitor import Phase
 from fedllm.privacy.events import sum_multiplier
+from fedllm.privacy.groups import JOINT
 from fedllm.run import calibrate, resolve
 from fedllm.schema import Config
 from fedllm.server import ServerOptimizer
@@ -71,6 +72,7 @@ def bench(
     """
     for name in prior_names:
         check_prior_name(name)
+    check_noise(config)
     config = resolve(config)
     warn_if_slow(config.model.dtype)
     setting = build(config, public_seed("0" * 16, config), phase=phase)
@@ -78,8 +80,11 @@ def bench(
         raise UserError("task.public: expected a source of public text; the priors that cost nothing are made of it")
     half = config.federation.expected_cohort // 2
     others = 2 * config.federation.expected_cohort if others is None else others
-    if half < 1 or others < 2 or 2 * half + others > setting.partition.clients:
-        raise UserError(f"--others {others}: expected 2 to {setting.partition.clients - 2 * half}, the clients beside the cohort")
+    private = 2 * half if any(name.split("+")[0] in COSTS for name in prior_names) else 0
+    most = setting.partition.clients - 2 * half - private
+    if half < 1 or not 2 <= others <= most:
+        beside = "the cohort and as many for priors of private updates" if private else "the cohort"
+        raise UserError(f"--others {others}: expected 2 to {most}, the clients beside {beside}")
     noise = noise_of_sum(config, setting)
     per_unit = max(1, round(len(setting.train) / setting.partition.unit_count))
     seed = SEED if config.seed is None else config.seed
@@ -100,8 +105,8 @@ def bench(
     if not candidates:
         raise UserError("--codecs, --priors: expected at least one codec with a prior that it can use")
     for number in range(rounds):
-        with phase(f"round {number + 1} of {rounds}: updates of {2 * half + others} clients and public gradients"):
-            cohorts = collect(setting, config, rng, half, others)
+        with phase(f"round {number + 1} of {rounds}: updates of {2 * half + others + private} clients and public gradients"):
+            cohorts = collect(setting, config, rng, half, others, private)
             rows = public.gradients(setting, config, public_seed("0" * 16, config), number)
         for what, updates in (("clients' updates", cohorts), ("public gradients", rows)):
             expect_finite(f"round {number + 1}: {what}", updates)
@@ -155,6 +160,22 @@ def adam_weights(layout: AdapterLayout, rows: public.PublicGradients) -> Tensor 
     return layout.spread(torch.where(alive, rms[alive].min() / rms, 0.0))
 
 
+def check_noise(config: Config) -> None:
+    """Raise UserError for a run whose clip and noise are not those of the error told here: of whole clients' codes, summed."""
+    privacy = config.privacy
+    if not privacy.enabled:
+        return
+    for key, value, expected in (
+        ("privacy.unit", privacy.unit, "client"),
+        ("privacy.noise_in", privacy.noise_in, "code"),
+        ("privacy.clip.mode", privacy.clip.mode, "fixed"),
+        ("privacy.clip.groups", privacy.clip.groups, JOINT),
+        ("privacy.clip.of", privacy.clip.of, "update"),
+    ):
+        if value != expected:
+            raise UserError(f"{key}={value}: expected {expected} in codec bench, whose noise is that of clients' codes clipped whole")
+
+
 def check_prior_name(name: str) -> None:
     """Raise UserError for what no codec is fitted on."""
     parts = name.split("+")
@@ -174,15 +195,15 @@ def noise_of_sum(config: Config, setting: Setting) -> float:
     return 0.0 if found is None else sum_multiplier(config.privacy.noise, found.stage2_multiplier, config.federation.max_cohort or 1)
 
 
-def collect(setting: Setting, config: Config, rng: np.random.Generator, half: int, others: int) -> Cohorts:
-    """True updates of different clients at the model as it stands."""
-    clients = rng.choice(setting.partition.clients, 2 * half + others, replace=False)
+def collect(setting: Setting, config: Config, rng: np.random.Generator, half: int, others: int, private: int = 0) -> Cohorts:
+    """True updates of different clients at the model as it stands: two halves, others, and some for priors of private updates."""
+    clients = rng.choice(setting.partition.clients, 2 * half + others + private, replace=False)
     local = config.federation.local
     updates = torch.empty(len(clients), setting.engine.layout.size)
     records = [local_batches(setting.partition.records(int(client)), local, rng.random) for client in clients]
     for where, some in setting.engine.updates(setting.train, records, local.steps, local.lr, local.prox):
         updates[where] = some
-    return Cohorts(updates[:half], updates[half : 2 * half], updates[2 * half :])
+    return Cohorts(*updates.split([half, half, others, private]))
 
 
 def step(
@@ -216,6 +237,7 @@ def step(
             candidate.failed = str(error)
             return
         candidate.score.fit_seconds += time.perf_counter() - begun
+        candidate.score.fits += 1
         if candidate.working_bytes is None:  # counting takes time of its own; what is held follows from no number of steps
             with TensorPeak() as held:
                 again = CODECS[candidate.family].fit(prior, layout, candidate.size, noise / expected, number, **(options | {"steps": 2}))
@@ -229,7 +251,7 @@ def step(
             candidate.failed = str(error)
             return
         noise_std = noise * clip / expected
-    noisy = add(candidate.score, codec, cohorts, noise_std, np.random.default_rng([seed, 1, number]), clip)
+    noisy = add(candidate.score, codec, cohorts, noise_std, np.random.default_rng([seed, 1, number]), clip, config.codec.shrink)
     if noisy is not None and "released" in candidate.prior:
         candidate.past.add(codec, noisy, noise_std)
 
@@ -240,18 +262,19 @@ def prior_of(candidate: Candidate, config: Config, layout: AdapterLayout, cohort
         return None
     if candidate.prior == "moments":
         scale = factor_rms(layout, rows.fit).clamp_min(1e-12)
-        return from_moments(layout, *moments_to_std(unit_moments(cohorts.first, layout, scale).mean(0), scale))
+        return from_moments(layout, *moments_to_std(unit_moments(cohorts.private, layout, scale).mean(0), scale))
     weights = config.codec.weights if candidate.prior == config.codec.prior else None  # they are of its own parts
-    found = priors.build(candidate.prior, weights, priors.Given(layout, rows.fit, candidate.past, number, real=cohorts.first))
+    found = priors.build(candidate.prior, weights, priors.Given(layout, rows.fit, candidate.past, number, real=cohorts.private))
     candidate.past.keep(rows.fit, config.codec.public_memory)
     return found
 
 
 def row(candidate: Candidate, config: Config, layout: AdapterLayout, noise: float, epsilon: float | None, others: int) -> dict[str, Any]:
     """One candidate as the contract names its figures; oracle_size: directions of its oracle, which has no more than `others`."""
-    size = candidate.size if candidate.codec is None else candidate.codec.code_size
-    bits = config.codec.bits if candidate.codec is not None and candidate.codec.summable and noise else 32
-    sent = None if size is None else message_bytes(size, bits, config.federation.clients)
+    codec = None if candidate.failed else candidate.codec
+    noised = codec is not None and codec.summable and noise > 0
+    size = candidate.size if codec is None else codec.code_size
+    sent = None if codec is None else message_bytes(size, config.codec.bits if noised else 32, config.federation.clients)
     known = candidate.oracle.row()
     return {
         "codec": candidate.family,
@@ -262,15 +285,16 @@ def row(candidate: Candidate, config: Config, layout: AdapterLayout, noise: floa
         **candidate.score.row(),
         **{f"oracle_{key}": known.get(key) for key in ("signal_energy", "signal_energy_adam")},
         "oracle_size": min(size, others) if candidate.oracle.signal else None,
-        "epsilon": epsilon,
-        "noise_multiplier": noise,
+        "epsilon": epsilon if noised else None,
+        "noise_multiplier": noise if noised else None,
         "message_bytes": sent,
-        "memory_bytes": None if candidate.codec is None else stored_bytes(candidate.codec),
+        "memory_bytes": None if codec is None else stored_bytes(codec),
         "working_bytes": candidate.working_bytes,
     }
 
 
 def message_bytes(size: int, bits: int, clients: int) -> int:
     """Size of a whole message with a code of `size` numbers."""
-    header = Header(run="0" * 16, round=0, client=clients - 1, codec="0" * 16, scale=1.0)
+    scale = 1.0 if bits == 32 else 1 / 30_000  # a lattice's step has all its digits
+    header = Header(run="0" * 16, round=0, client=clients - 1, codec="0" * 16, scale=scale)
     return len(pack(header, np.zeros(size, dtype_of(bits))))

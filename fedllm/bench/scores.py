@@ -34,14 +34,16 @@ SINGLES = 16  # updates whose own energy is looked at
 
 @dataclass(frozen=True)
 class Cohorts:
-    """Real updates of one round, none of them private: two half cohorts and other clients, each [units, n].
+    """Real updates of one round: two half cohorts and other clients, each [units, n].
 
+    private: of yet other clients, for priors that are made of private updates: what a codec was fitted on tells nothing about it.
     weights: [n] of a coordinate in Adam's metric, 1 / rms of its factor; None for the plain one.
     """
 
     first: Tensor
     second: Tensor
     others: Tensor
+    private: Tensor | None = None
     weights: Tensor | None = None
 
     @property
@@ -69,10 +71,11 @@ class Score:
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
     fit_seconds: float = 0.0
+    fits: int = 0
     rounds: int = 0
 
     def row(self) -> dict[str, float | None]:
-        """Ratios, and seconds a round: encode of one update, decode of one mean, one fit."""
+        """Ratios, and seconds: encode of one update, decode of one mean (of one update where codes have no sum), one fit."""
         return {
             "signal_energy": ratio(self.signal_kept, self.signal),
             "signal_energy_adam": ratio(self.adam_kept, self.adam_signal),
@@ -80,19 +83,25 @@ class Score:
             "kept_energy_single": ratio(self.single_kept, self.single),
             "total_error": ratio(self.error, self.error_signal),
             "total_error_adam": ratio(self.adam_error, self.adam_error_signal),
-            "fit_seconds": ratio(self.fit_seconds, self.rounds),
+            "fit_seconds": ratio(self.fit_seconds, self.fits),
             "encode_seconds": ratio(self.encode_seconds, self.rounds),
             "decode_seconds": ratio(self.decode_seconds, self.rounds),
         }
 
 
 def add(
-    score: Score, codec: Codec, cohorts: Cohorts, noise_std: float, rng: np.random.Generator, clip: float | None = None
+    score: Score,
+    codec: Codec,
+    cohorts: Cohorts,
+    noise_std: float,
+    rng: np.random.Generator,
+    clip: float | None = None,
+    shrink: bool = True,
 ) -> Tensor | None:
     """Add one round's figures of a fitted codec; returns the noisy mean code of the whole cohort (None where codes have no sum).
 
     noise_std: DP noise of the mean code's numbers, for the whole cohort. clip: norm that each code is clipped to before that noise (the
-    signal kept is of codes as they are); None: none, and none where codes have no sum.
+    signal kept is of codes as they are); None: none, and none where codes have no sum. shrink: whether the decoder knows of the noise.
     """
     u1, u2 = cohorts.first.mean(0), cohorts.second.mean(0)
     begun = time.perf_counter()
@@ -108,18 +117,18 @@ def add(
     score.mean_kept += dot(p1, p1)
     score.single += float(cohorts.first[:SINGLES].double().square().sum())
     score.single_kept += sum(float(codec.decode(code).double().square().sum()) for code in codes[:SINGLES])
-    noisy = None
+    noisy, told = None, noise_std if shrink and codec.summable else 0.0
     if codec.summable:
         sent = torch.cat([codes, other_codes])
         mean = (sent if clip is None else clip_units(sent, clip)).mean(0)
         noise = torch.from_numpy(rng.standard_normal(codec.code_size)).float() * noise_std
         noisy = mean + noise
-        begun = time.perf_counter()
-        found = [codec.decode(noisy, noise_std)]
-        score.decode_seconds += time.perf_counter() - begun
-        found.append(codec.decode(mean - noise, noise_std))  # the mirror image: no draw is along the signal by chance
+        found = [codec.decode(code, told) for code in (noisy, mean - noise)]  # mirror images: no draw is along the signal by chance
     else:
         found = [(p1 + p2) / 2]
+    begun = time.perf_counter()
+    codec.decode(codes[0] if noisy is None else noisy, told)
+    score.decode_seconds += time.perf_counter() - begun
     o1, o2 = (half.mean(0) for half in cohorts.others.chunk(2))
     score.error += missed(found, o1, o2)
     score.error_signal += dot(o1, o2)

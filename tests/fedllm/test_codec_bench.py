@@ -11,8 +11,8 @@ import torch
 from dr_encoder.codecs import CODECS
 from dr_encoder.layout import AdapterLayout
 from dr_encoder.priors import from_public_gradients
-from fedllm import cli, priors
-from fedllm.bench.codecs import Candidate, adam_weights, collect, prior_of
+from fedllm import cli, priors, run
+from fedllm.bench.codecs import Candidate, adam_weights, collect, message_bytes, prior_of
 from fedllm.bench.memory import TensorPeak
 from fedllm.bench.plots import bench_figure
 from fedllm.bench.scores import Cohorts, Score, add, add_oracle
@@ -139,7 +139,7 @@ def test_the_clip_turns_what_long_units_carry_alone(cohorts):
 def test_the_command_clips_as_a_run_does(tiny, tmp_path, capsys, monkeypatch):
     """What `released` priors are given are means of clipped codes."""
     means = []
-    monkeypatch.setattr("fedllm.priors.Past.add", lambda self, update, noise_std, size: means.append((update.norm(), noise_std, size)))
+    monkeypatch.setattr("fedllm.priors.Past.add", lambda self, codec, code, std: means.append((code.norm(), std, len(code))))
     arguments = ["--rounds", "1", "--sizes", "4", "--codecs", "linear", "--priors", "public+released", "--json", "--out", str(tmp_path)]
     shared = ["privacy.clip.norm=0.1", "privacy.target.epsilon=1000", "federation.local.lr=1000", "federation.expected_cohort=6"]
     assert cli.run(["codec", "bench", str(tiny / "config.yaml"), *shared, *arguments]) == 0
@@ -147,6 +147,27 @@ def test_the_command_clips_as_a_run_does(tiny, tmp_path, capsys, monkeypatch):
     ((length, noise_std, size),) = means
     assert noise_std == pytest.approx(row["noise_multiplier"] * 0.1 / 6)
     assert length <= 0.1 + 4 * noise_std * size**0.5
+
+
+def test_a_prior_of_private_updates_is_of_clients_that_nothing_else_is_told_of(configured, cohorts):
+    """Fitted to the half that the signal is told by, a subspace would keep its sampling noise and say signal."""
+    setting = build(configured(), 0)
+    asked = []
+    setting.engine.updates = lambda data, units, *_: asked.extend(units) or []
+    collect(setting, configured(), np.random.default_rng(0), 2, 4, 3)
+    assert len(asked) == 11 and len({int(record) for unit in asked for record in unit}) == sum(len(unit) for unit in asked)
+    private = torch.ones(5, N)
+    given = dataclasses.replace(cohorts, private=private)
+    found = prior_of(Candidate("linear", "real", 4), configured(), LAYOUT, given, PublicGradients(torch.ones(3, N), torch.ones(1, N)), 0)
+    assert torch.equal(found.rows, private)
+
+
+def test_seconds_are_of_one_fit_and_a_message_is_as_long_as_a_runs(configured, no_plot):
+    assert Score(fit_seconds=3.0, fits=1, rounds=3).row()["fit_seconds"] == 3.0
+    config = configured("run", "federation.rounds=1")
+    results = run.train(config)
+    told = message_bytes(config.codec.code_size, config.codec.bits, config.federation.clients)
+    assert abs(told - results["uplink_bytes_per_client_round"]) <= 8  # of the digits of one number
 
 
 def test_clients_train_on_the_batches_that_a_run_has_them_draw(configured):
@@ -190,8 +211,8 @@ def test_working_memory_is_the_most_that_is_held_at_once():
 
 
 def test_the_command(tiny, tmp_path, capsys):
-    arguments = ["codec", "bench", str(tiny / "config.yaml"), "seed=5", "--rounds", "2", "--others", "12", "--sizes", "4,160", "--out", str(tmp_path)]
-    assert cli.run([*arguments, "--json"]) == 0
+    arguments = ["codec", "bench", str(tiny / "config.yaml"), "seed=5", "--rounds", "2", "--others", "12", "--sizes", "4,160"]
+    assert cli.run([*arguments, "--out", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["private"] is False and "not private" in found["why_not_private"]
     assert all(row.keys() >= ROW_KEYS for row in found["rows"])
@@ -203,6 +224,12 @@ def test_the_command(tiny, tmp_path, capsys):
     oracles = {row["codec"]: row["oracle_signal_energy"] for row in found["rows"] if row["encode_seconds"] is not None}
     assert oracles["autoencoder"] is not None and oracles["topk"] is not None  # of families that fix their size too
     assert all(row["message_bytes"] is None or row["message_bytes"] > 0 for row in found["rows"])
+    figures = ("epsilon", "noise_multiplier", "message_bytes")
+    assert all(CODECS[row["codec"]].summable == (row["epsilon"] == 8) for row in found["rows"] if row["decode_seconds"] is not None)
+    assert all(row["decode_seconds"] is None or row["decode_seconds"] > 0 for row in found["rows"])
+    lost = [row for row in found["rows"] if any(row["codec"] == each["codec"] and row["code_size"] == each["code_size"]
+            and row["prior"] == each["prior"] for each in found["failed"])]
+    assert lost and all(row[name] is None for row in lost for name in figures)
     assert {(each["codec"], each["code_size"]) for each in found["failed"]} >= {("powersgd", 4), ("linear", 160)}
     assert (tmp_path / "codecs.png").read_bytes().startswith(b"\x89PNG")
 
@@ -324,6 +351,11 @@ def test_a_figure_leaves_out_what_could_not_be_told(monkeypatch, tmp_path):
         (["--priors", "released"], "--priors released: expected public[+released][+random], real, moments or none"),
         (["--priors", "public,publik"], "--priors publik: expected"),
         (["--codecs", "chain", "--priors", "moments"], "--codecs, --priors: expected at least one"),
+        (["privacy.unit=example"], "privacy.unit=example: expected client in codec bench"),
+        (["privacy.noise_in=update"], "privacy.noise_in=update: expected code in codec bench"),
+        (["privacy.clip.mode=adaptive"], "privacy.clip.mode=adaptive: expected fixed in codec bench"),
+        (["--others", "99", "--priors", "moments"], ", the clients beside the cohort and as many for priors of private"),
+        (["--others", "99", "--priors", "public"], ", the clients beside the cohort"),
         (["--codecs", "linear", "--sizes", "9999"], "expected at least one code that can be fitted; linear, public, 9999: Expected 1 <="),
     ],
 )
