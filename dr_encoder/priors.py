@@ -163,7 +163,7 @@ def recency_weights(count: int, half_life: float) -> Tensor:
 def from_rows(name: str, layout: AdapterLayout, rows: Tensor, cost: str, what: str = "rows") -> GaussianPrior:
     """Prior with the second moment of rows [count, n], which must be public or released already.
 
-    Raises ValueError for rows of another length, non-finite, or all zero.
+    Raises ValueError for rows of another length, non-finite or too large to be squared, or all zero.
     """
     if rows.ndim != 2 or rows.shape[1] != layout.size:
         raise ValueError(f"Expected {what} of shape [count, {layout.size}], got {list(rows.shape)}")
@@ -171,7 +171,10 @@ def from_rows(name: str, layout: AdapterLayout, rows: Tensor, cost: str, what: s
         raise ValueError(f"Expected finite {what}")
     if not rows.any():
         raise ValueError(f"Expected {what} that are not all zero")
-    return GaussianPrior(name, layout, torch.zeros(len(layout.factors)), factor_rms(layout, rows), rows.float(), cost)
+    scale = factor_rms(layout, rows)
+    if not torch.isfinite(scale).all():
+        raise ValueError(f"Expected {what} whose squares are finite too")
+    return GaussianPrior(name, layout, torch.zeros(len(layout.factors)), scale, rows.float(), cost)
 
 
 def rows_on_disk(rows: Iterable[Tensor], path: Path) -> Tensor:

@@ -18,6 +18,7 @@ from fedllm.code_adam import MOST_CARRIED, too_long_to_carry
 from fedllm.errors import RunStopped, UserError
 from fedllm.schema import Config
 
+LEAST_AUTO = 4  # the shortest is two to this power
 MOST_AUTO = 16_384  # longest code that `code_size: auto` considers
 SIGNAL_SHARE = 0.01  # of a unit's energy is taken to be the mean update's; .013 was measured on SmolLM2 after some rounds, more before
 
@@ -107,7 +108,7 @@ def choose_size(
     fitted, noise, signal = {}, {}, {}  # noise of one number of the mean code: it follows the clip norm, and that the code's length
     units = public.pseudo_units(rows, unit_examples)
     most = min(layout.size, MOST_CARRIED if carried(config) else MOST_AUTO)
-    for size in (2**power for power in range(4, 30) if 2**power <= most):
+    for size in (2**power for power in range(LEAST_AUTO, 30) if 2**power <= most):
         try:
             codec = fitted[size] = _fit(config, layout, prior, size, noise_std, seed)
         except ValueError:  # the prior spans no more directions
@@ -117,6 +118,11 @@ def choose_size(
         noise[size] = (noise_std * norm) ** 2
         within = (norm * groups**0.5 / clipped(units).double().norm(dim=1)).clamp(max=1)  # clipping shortens the signal too
         signal[size] = SIGNAL_SHARE * float((codec.metric(units).double().norm(dim=1) * within).square().mean())
+    if not fitted:
+        raise UserError(
+            f"codec.code_size=auto: expected an update of {2**LEAST_AUTO} numbers or more and public gradients that span as many "
+            f"directions (here {layout.size:,} and {len(rows.fit)} gradients); or a number in codec.code_size"
+        )
     try:
         return code_size_auto(rows.fit, rows.held_out, noise.get, config.federation.rounds, list(fitted), signal.get, fitted.get)
     except ValueError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedllm.privacy import adversaries
@@ -23,7 +24,7 @@ def epsilons(ledger: Ledger) -> dict[str, Any]:
 
 def noise(spec: PrivateSum, code: Tensor) -> dict[str, Any]:
     """Size of a round's noisy mean code [k], and of the noise in it."""
-    norm, std = float(code.norm()), spec.mean_std * len(code) ** 0.5
+    norm, std = float(torch.linalg.vector_norm(code, dtype=torch.float64)), spec.mean_std * len(code) ** 0.5
     signal = 0.0 if spec.each else max(norm**2 - std**2, 0.0) ** 0.5  # decoding one by one leaves no noise of known size
     return {
         "noise_to_signal": std / signal if signal > 0 else None,

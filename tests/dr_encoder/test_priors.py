@@ -97,5 +97,7 @@ def test_rows_that_cannot_be_a_prior_are_refused(value):
     rows[1, 2] = value
     with pytest.raises(ValueError, match="finite"):
         from_public_gradients(LAYOUT, rows)
+    with pytest.raises(ValueError, match="whose squares are finite too"):
+        from_public_gradients(LAYOUT, torch.full((2, LAYOUT.size), 1e30))
     with pytest.raises(ValueError, match="not all zero"):
         from_public_gradients(LAYOUT, torch.zeros(3, LAYOUT.size))

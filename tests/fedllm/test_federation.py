@@ -220,6 +220,16 @@ def test_the_size_is_chosen_once_and_told(family, configured, tmp_path, no_plot,
     assert capfd.readouterr().err.count("chosen from public gradients") == 1
 
 
+def test_too_little_public_text_to_choose_a_size_is_told(configured, no_plot):
+    with pytest.raises(UserError, match=r"^codec.code_size=auto: expected an update of 16 numbers or more and public gradients that span"):
+        run.train(configured("run", "codec.code_size=auto", "codec.public_examples=12"))
+
+
+def test_a_run_of_huge_finite_updates_ends_with_its_results(configured, no_plot):
+    settings = ["method=fedit", "codec.code_size=null", "federation.local.steps=2", "federation.local.lr=1e30"]
+    assert run.train(configured("run", *settings))["rounds"] == 2
+
+
 @pytest.mark.parametrize("noise_in", ["code", "update"])
 def test_the_size_is_chosen_for_the_noise_that_comes(noise_in, configured, tmp_path, no_plot, monkeypatch):
     """With noise in the update its norm decides, whatever the code; each of several clip groups is clipped to its part of that."""
