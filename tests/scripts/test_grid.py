@@ -220,3 +220,47 @@ def test_an_untrained_head_is_another_one_with_another_seed(axes):
     assert grid.untrained(one) == grid.untrained(two)
     one.task.kind = two.task.kind = "classify"
     assert grid.untrained(one) != grid.untrained(two)
+
+
+def test_behind_counts_means_and_in_brackets_what_is_beyond_its_interval(axes, load):
+    import grid_report
+
+    grid = load(reference="fedit")
+
+    def row(task, method, difference):
+        accuracy = {"seeds": [1, 2], "accuracy": [0.5, 0.6], "claimed": None, "epsilon_release": 3.0}
+        return {"task": task, "method": method, "budget": "eps3", "difference": difference} | accuracy
+
+    clear, within = ({"mean": -2.0, "half_width": width} for width in (1.5, 2.5))
+    rows = [row("one", "dp_lora", clear), row("two", "dp_lora", within), row("one", "fedit", None)]
+    header, lines = grid_report.side_by_side(grid, rows)
+    assert header[-1] == "tasks where behind fedit (beyond the interval)"
+    assert [line[-1] for line in lines] == ["2 of 2 (1)", ""]
+
+
+def test_a_variants_total_error_is_that_of_its_codec_prior_and_parts(axes, load, tmp_path):
+    import grid_report
+
+    def found(*rows):
+        return {"rows": [dict(zip(("codec", "prior", "code_size", "total_error"), row, strict=True)) for row in rows]}
+
+    one = found(("chain", "public", 64, 0.1), ("topk", "none", 96, 0.4), ("linear", "public", 64, 0.2))
+    other = found(("chain", "public", 64, 0.5), ("linear", "moments", 64, 0.9))
+    bench = []
+    for first, rows in (("allocation", one), ("coordinate", other)):
+        (tmp_path / f"{first}.json").write_text(json.dumps(rows))
+        bench.append({"file": str(tmp_path / f"{first}.json"), "parts": [first, "linear"]})
+    chain = ["codec.family=chain", "codec.code_size=64"]
+    lossy = ["codec.family=topk", "codec.code_size=96", "privacy.enabled=false"]
+    variants = {
+        "one": [*chain, "codec.parts=[allocation,linear]"],
+        "other": [*chain, "codec.parts=[coordinate,linear]"],
+        "moments": ["codec.family=linear", "codec.code_size=64", "codec.prior=moments", "codec.fit_at=server"],
+        "lossy": lossy,
+        "plain": ["codec.family=linear", "codec.code_size=64", "privacy.enabled=false"],
+        "absent": ["codec.family=sketch", "codec.code_size=64"],
+    }
+    grid = {"config": ROOT / "configs/quickstart.yaml", "bench": bench, "variants": variants}
+    sizes = {"lossy": 96}
+    got = {name: grid_report.total_error(grid, name, sizes.get(name, 64)) for name in variants}
+    assert got == {"one": 0.1, "other": 0.5, "moments": 0.9, "lossy": 0.4, "plain": None, "absent": None}
