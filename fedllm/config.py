@@ -167,8 +167,8 @@ def check(config: Config) -> None:
     else:
         if fed.unit_sampling_rate is None:
             raise UserError(
-                f"federation.unit_sampling_rate=null: expected a rate in (0, 1] with privacy.unit={privacy.unit}, or an expected_cohort of 1 "
-                f"to {fed.clients}, the number of clients (here {fed.expected_cohort}), whose share of them it then is"
+                f"federation.unit_sampling_rate=null: expected a rate in (0, 1] with privacy.unit={privacy.unit}, or an expected_cohort "
+                f"of 1 to {fed.clients}, the number of clients (here {fed.expected_cohort}), whose share of them it then is"
             )
         in_range("federation.unit_sampling_rate", fed.unit_sampling_rate, 0, 1, open_low=True)
         if privacy.unit == "user" and task.columns.user is None:
