@@ -197,10 +197,15 @@ def check_mechanism(config: Config, published: bool) -> None:
 
 
 def check_aggregation(config: Config) -> None:
-    """Raise UserError for parts that an aggregation of products cannot have."""
+    """Raise UserError for parts that an aggregation cannot have, products or the plain average."""
     fed = config.federation
     where, server = f"federation.aggregation={fed.aggregation}", fed.server
     if fed.aggregation == "mean":
+        if server.optimizer == "fedavg" and server.lr != 1:
+            raise UserError(
+                f"federation.server.optimizer=fedavg: expected federation.server.lr=1 with it, the plain average, not {server.lr:g}; "
+                "sgd takes any rate"
+            )
         return
     if config.lora.train != "both":
         raise UserError(f"{where}: expected lora.train=both, not {config.lora.train}, with which the plain mean is exact already")

@@ -256,6 +256,13 @@ def test_what_noises_the_update_is_orthonormal(empty):
             assert "expected code" in refusal(empty, *overrides)
 
 
+def test_the_plain_average_has_no_rate(empty):
+    assert refusal(empty, "federation.server.optimizer=fedavg").startswith(
+        "federation.server.optimizer=fedavg: expected federation.server.lr=1 with it, the plain average, not 0.001"
+    )
+    load_config(empty, ["federation.server.optimizer=fedavg", "federation.server.lr=1"])
+
+
 def test_a_proximal_term_needs_a_second_step(empty):
     said = refusal(empty, "federation.local.prox=0.1")
     assert said == "federation.local.prox=0.1: expected 0 with one local step, which nothing draws back"
