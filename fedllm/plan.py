@@ -182,8 +182,9 @@ def code_of(config: Config, layout: AdapterLayout) -> Code:
     else:
         raise UserError(f"codec.family={family}: cannot be planned; expected one of {', '.join(sorted(memory.STORED))}")
     working = memory.FITTING.get(family, lambda *_: 0)(stored, n, public_rows(config), factors)
-    if family == "chain":  # the rows as the first part encodes them, and what the second takes
-        working = memory.FLOAT * public_rows(config) * between + memory.FITTING[inner](stored, between, public_rows(config), factors)
+    if family == "chain":  # the rows as the first part encodes them (which scales by pieces for a subspace), and what the second takes
+        copied = 0 if (outer, inner) == ("allocation", "linear") else public_rows(config)
+        working = memory.FLOAT * copied * between + memory.FITTING[inner](stored, between, public_rows(config), factors)
     return Code(size, stored, working)
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 FAMILIES = ("kronecker", "sketch", "coordinate")
-LARGEST_ONLY = ("autoencoder", "linear", "allocation", "identity", "topk", "powersgd")  # k is n / 64 or what the family takes
+LARGEST_ONLY = ("autoencoder", "linear", "chain", "allocation", "identity", "topk", "powersgd")  # k is n / 64 or what the family takes
 WIDTH, RANK, RATIO = 4096, 8, 64
 LAYERS, LAYERS_QUICK = (4, 8, 16, 32), (1, 2)
 ROWS = 16
@@ -73,8 +73,9 @@ def measure(family: str, layers: int, width: int, code_size: int) -> dict[str, A
     if family == "autoencoder":
         CODECS[family].fit(from_public_gradients(small, torch.ones(1, 64)), small, None, 0.0, 0, steps=1)
     size = None if CODECS[family].fixed_size or family == "powersgd" else code_size  # PowerSGD: rank 1, more than n / 64 here
-    size = ROWS if family == "linear" else size  # dense: as many numbers as the prior has rows
-    codec, fit = observed(lambda: CODECS[family].fit(prior, layout, size, 0.0, 0))
+    size = ROWS if family in ("linear", "chain") else size  # dense: as many numbers as the prior has rows
+    options = {"parts": ("allocation", "linear")} if family == "chain" else {}
+    codec, fit = observed(lambda: CODECS[family].fit(prior, layout, size, 0.0, 0, **options))
     prior = rows = None  # let go of the rows
     update = torch.randn(1, layout.size, generator=torch.Generator().manual_seed(1))
     noise = 0.1 if codec.summable else 0.0

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dr_encoder.codecs.allocation import AllocationCodec
 from dr_encoder.codecs.base import CODECS, Codec, check_code_size, register, require_prior
+from dr_encoder.codecs.linear import LinearCodec, check_dense, principal_subspace
 from dr_encoder.layout import AdapterLayout, Factor
 from dr_encoder.priors import GaussianPrior, from_rows
 
@@ -62,6 +64,9 @@ class ChainCodec(Codec):
             raise ValueError(f"Expected code_size={code_size} <= inner_size={inner_size} <= {layout.size}")
         # The noise of a run is in the last code alone: the first codec never meets it.
         outer = CODECS[parts[0]].fit(prior, layout, inner_size, 0.0, seed, **options)
+        if isinstance(outer, AllocationCodec) and parts[1] == LinearCodec.name:  # as long as the update: no copy of all rows for a scale
+            check_dense(code_size, layout.size)
+            return cls(outer, LinearCodec(*principal_subspace(rows, code_size, seed, outer.scale)))
         inner_layout = AdapterLayout((Factor("code", (outer.code_size,), 0),))
         codes = torch.empty(len(rows), outer.code_size)
         for row, code in zip(rows, codes, strict=True):
@@ -76,7 +81,10 @@ class ChainCodec(Codec):
         return updates if self.orthonormal else self.outer.metric(updates)
 
     def decode(self, mean_code: Tensor, noise_std: float = 0.0) -> Tensor:
-        return self.outer.decode(self.inner.decode(mean_code, noise_std))
+        between = self.inner.decode(mean_code, noise_std)
+        if isinstance(self.outer, AllocationCodec):  # as long as the update: scaled in place
+            return between.mul_(self.outer.scale)
+        return self.outer.decode(between)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, meta = {}, {}

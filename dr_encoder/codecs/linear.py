@@ -75,20 +75,23 @@ class LinearCodec(Codec):
         return cls(tensors["basis"], tensors["variance"])
 
 
-def principal_subspace(rows: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def principal_subspace(rows: Tensor, rank: int, seed: int = 0, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Top `rank` eigenvectors of rows^T rows / count as orthonormal rows [rank, n], and their eigenvalues [rank].
 
+    scale: [n] > 0, which the rows are divided by first, piece by piece, so that they are not copied whole.
     By the Gram matrix of the rows, so that nothing of size n x n is formed. Where the rows span fewer directions, random ones of the seed
     are added, orthogonal to them and with eigenvalue 0: a decoder that knows of noise then leaves them out.
     Raises ValueError for fewer rows than `rank`.
     """
     if rank > len(rows):
         raise ValueError(f"Expected code_size={rank} <= {len(rows)}, the number of the prior's rows")
-    values, vectors = torch.linalg.eigh(gram(rows))
+    values, vectors = torch.linalg.eigh(gram(rows, scale))
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     spanned = int((values > 1e-6 * values[0]).sum())
     basis = torch.empty(rank, rows.shape[1])
     torch.mm((vectors[:, :spanned] / values[:spanned].sqrt()).float().T, rows, out=basis[:spanned])
+    if scale is not None:
+        basis[:spanned].div_(scale)
     basis[spanned:].normal_(generator=torch.Generator().manual_seed(seed))
     values[spanned:] = 0.0
     return orthonormalize(basis), (values / len(rows)).float()
@@ -107,11 +110,16 @@ def orthonormalize(basis: Tensor) -> Tensor:
     return basis
 
 
-def gram(rows: Tensor) -> Tensor:
-    """rows rows^T in float64 (in float32 small eigenvalues would be rounding), by pieces: the rows are not copied whole."""
-    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    for piece in rows.split(piece_width(rows), dim=1):
-        double = piece.double()
+def gram(rows: Tensor, scale: Tensor | None = None) -> Tensor:
+    """rows rows^T in float64 (in float32 small eigenvalues would be rounding), by pieces: the rows are not copied whole.
+
+    scale: [n] > 0, which the rows are divided by first.
+    """
+    total, width = torch.zeros(len(rows), len(rows), dtype=torch.float64), piece_width(rows)
+    for start in range(0, rows.shape[1], width):
+        double = rows[:, start : start + width].double()
+        if scale is not None:
+            double /= scale[start : start + width]
         total.addmm_(double, double.T)
     return total
 

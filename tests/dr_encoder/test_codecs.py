@@ -55,6 +55,15 @@ def decodable(codec, codes: torch.Tensor) -> tuple[torch.Tensor, float]:
     return (codes.mean(0), 0.1) if codec.summable else (codes[0], 0.0)
 
 
+def test_a_scale_of_the_rows_is_the_same_as_scaled_rows():
+    """What a chain of allocation and linear does piece by piece, so that the rows are not copied whole."""
+    prior = make_prior("samples")
+    codec = CODECS["chain"].fit(prior, LAYOUT, 16, 0.0, 3, parts=("allocation", "linear"))
+    basis, variance = principal_subspace(codec.outer.encode(prior.rows), 16, 3)
+    assert torch.allclose(codec.inner.basis, basis, atol=1e-5) and torch.allclose(codec.inner.variance, variance, rtol=1e-5)
+    assert torch.equal(prior.rows, make_prior("samples").rows)
+
+
 def test_released_noise_alone_is_taken_for_a_signal_half_the_time_even_where_decoding_stretches_it():
     """allocation then linear, factors of very different scale: k s^2 is a small part of the decoded noise's energy."""
     layout, scale = LAYOUT, LAYOUT.spread(torch.tensor([1.0, 0.01, 3.0]))
