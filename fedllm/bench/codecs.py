@@ -171,9 +171,10 @@ def check_noise(config: Config) -> None:
         ("privacy.clip.mode", privacy.clip.mode, "fixed"),
         ("privacy.clip.groups", privacy.clip.groups, JOINT),
         ("privacy.clip.of", privacy.clip.of, "update"),
+        ("codec.decode", config.codec.decode, "mean"),
     ):
         if value != expected:
-            raise UserError(f"{key}={value}: expected {expected} in codec bench, whose noise is that of clients' codes clipped whole")
+            raise UserError(f"{key}={value}: expected {expected} in codec bench, whose noise is that of a mean of clipped codes")
 
 
 def check_prior_name(name: str) -> None:

@@ -353,6 +353,7 @@ def test_a_figure_leaves_out_what_could_not_be_told(monkeypatch, tmp_path):
         (["--codecs", "chain", "--priors", "moments"], "--codecs, --priors: expected at least one"),
         (["privacy.unit=example"], "privacy.unit=example: expected client in codec bench"),
         (["privacy.noise_in=update"], "privacy.noise_in=update: expected code in codec bench"),
+        (["codec.decode=each", "privacy.noise=local"], "codec.decode=each: expected mean in codec bench"),
         (["privacy.clip.mode=adaptive"], "privacy.clip.mode=adaptive: expected fixed in codec bench"),
         (["--others", "99", "--priors", "moments"], ", the clients beside the cohort and as many for priors of private"),
         (["--others", "99", "--priors", "public"], ", the clients beside the cohort"),
