@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -130,5 +131,6 @@ def choose_size(
 
 
 def _fit(config: Config, layout: AdapterLayout, prior: GaussianPrior | None, size: int | None, noise_std: float, seed: int) -> Codec:
-    more = {"parts": tuple(config.codec.parts)} if config.codec.family == "chain" else {}
-    return codecs.CODECS[config.codec.family].fit(prior, layout, size, noise_std, seed, steps=config.codec.fit_steps, **more)
+    more: dict[str, Any] = {"parts": tuple(config.codec.parts)} if config.codec.family == "chain" else {}
+    more |= {"steps": config.codec.fit_steps, "learning_rate": config.codec.fit_lr}
+    return codecs.CODECS[config.codec.family].fit(prior, layout, size, noise_std, seed, **more)

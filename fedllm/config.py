@@ -44,8 +44,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         check_before(OmegaConf.to_container(OmegaConf.merge(given, extra)))
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given, extra))
     except (OmegaConfBaseException, TypeError) as error:  # TypeError: a mapping where the file has a list
-        key = getattr(error, "full_key", None)
-        raise UserError(f"{path}: {key + ': ' if key else ''}{_first_line(error)}") from None
+        raise UserError(_wrong_type(error, path, given, extra)) from None
     config = apply_method(config, {key: operator.attrgetter(key)(config) for key in dotted(OmegaConf.to_container(extra))})
     check(config)
     return config
@@ -62,7 +61,8 @@ def check_keys(given: Any, schema: type, where: str, prefix: str = "") -> None:
         factory = known[key].default_factory
         if is_dataclass(factory):
             if not isinstance(value, dict):
-                raise UserError(f"{where}: {prefix}{key} expected a mapping, got {value!r}")
+                first = f"{prefix}{key}.{fields(factory)[0].name}"
+                raise UserError(f"{where}: {prefix}{key} expected a mapping, got {value!r}; set {first}, say")
             check_keys(value, factory, where, f"{prefix}{key}.")
 
 
@@ -142,6 +142,9 @@ def check(config: Config) -> None:
     in_range("codec.warmup_rounds", codec.warmup_rounds, 1)
     in_range("codec.warmup_public_steps", codec.warmup_public_steps, 0)
     in_range("codec.fit_steps", codec.fit_steps, 1)
+    in_range("codec.fit_lr", codec.fit_lr, 0, open_low=True)
+    if privacy.target.epsilon == float("inf"):
+        raise UserError("privacy.target.epsilon=inf: expected a number above 0; privacy.enabled=false trains without privacy")
     in_range("privacy.target.epsilon", privacy.target.epsilon, 0, open_low=True)
     in_range("privacy.target.delta", privacy.target.delta, 0, 1, open_low=True, open_high=True)
     in_range("privacy.stage1_share", privacy.stage1_share, 0, 1, open_high=True)
@@ -173,6 +176,10 @@ def check(config: Config) -> None:
         in_range("federation.unit_sampling_rate", fed.unit_sampling_rate, 0, 1, open_low=True)
         if privacy.unit == "user" and task.columns.user is None:
             raise UserError("task.columns.user: expected the column that names the user with privacy.unit=user, got null")
+    if fed.partition.kind == "column" and task.columns.user is None:
+        raise UserError("federation.partition.kind=column: expected task.columns.user, the column that names the client, got null")
+    if not config.lora.targets:
+        raise UserError("lora.targets=[]: expected the names of one linear layer or more, such as [q_proj,v_proj]")
     if task.public is not None and task.public == task.source:
         raise UserError(f"task.public={task.public}: expected a source other than the task's own; private text is never public")
     if task.public is None:
@@ -190,6 +197,42 @@ def save_config(config: Config, path: Path) -> None:
     from omegaconf import OmegaConf
 
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def _wrong_type(error: Exception, path: Path, given: Any, extra: Any) -> str:
+    """One line on a value of the wrong type: where it stands, and what would be right. given, extra: of the file, of the command line."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationKeyError
+
+    key = getattr(error, "full_key", None)
+    expected = _EXPECTED.get(_type_of(key) if key else "")
+    if expected is None or isinstance(error, InterpolationKeyError):
+        return f"{path}: {key + ': ' if key else ''}{_first_line(error)}"
+    asked = dotted(OmegaConf.to_container(extra))
+    value = OmegaConf.select(extra if key in asked else given, key)
+    shown = "null" if value is None else value
+    return f"{'command line' if key in asked else path}: {key}={shown}: expected {expected}"
+
+
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a word or text",
+    "list[str]": "a list in brackets, such as [q_proj,v_proj]",
+    "list[float]": "a list of numbers in brackets, such as [0.9,0.999]",
+}
+
+
+def _type_of(key: str) -> str:
+    """The type of a config key, `section.key`, as the schema writes it, without None."""
+    part: Any = Config
+    *sections, name = key.split(".")
+    for section in sections:
+        part = next((item.default_factory for item in fields(part) if item.name == section), None)
+        if part is None or not is_dataclass(part):
+            return ""
+    return next((str(item.type).removesuffix(" | None") for item in fields(part) if item.name == name), "")
 
 
 def _first_line(error: Exception) -> str:

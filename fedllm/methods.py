@@ -21,6 +21,7 @@ class Method:
     name: as papers call it; `name:variant` for another form of it. `:published` is the mechanism to the letter, the plain name the
     corrected one.
     parts: config keys the method fixes, `section.key` -> value; all else stays the user's.
+    defaults: config keys that it sets like `parts`, but that somebody may ask for otherwise by name.
     claim: how the paper gets the epsilon that it states, for a method that is held to this figure; None: to the true one.
     """
 
@@ -28,6 +29,7 @@ class Method:
     summary: str
     parts: dict[str, Any] = field(default_factory=dict)
     claim: str | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
 
 
 METHODS: dict[str, Method] = {}
@@ -42,6 +44,7 @@ def register(method: Method) -> Method:
 NO_CODEC = {"codec.family": "identity", "codec.code_size": None}
 UNSHRUNK = {"codec.shrink": False, "codec.bits": 32}  # what arrives is averaged as it is
 FEDAVG = {"federation.server.optimizer": "fedavg", "federation.server.lr": 1.0, "federation.server.schedule": "constant"}
+UPDATE_AT_ONCE = {"privacy.clip.of": "update", "privacy.clip.groups": "joint"}  # what the corrected forms correct
 PER_MATRIX = "sigma = C sqrt(2 ln(1.25/delta))/epsilon for each matrix in each round; matrices, rounds and replacement are not composed"
 
 register(Method("dr_encoder", "code, clip, noise in the code, decode the mean once (arXiv 2412.17053, corrected)"))
@@ -96,7 +99,7 @@ register(
     Method(
         "dp_lora",
         "clients noise their own clipped gradient, one joint clip of A and B (arXiv 2312.17493, corrected)",
-        NO_CODEC | {"federation.local.steps": 1, "privacy.noise": "local"},
+        NO_CODEC | UPDATE_AT_ONCE | {"federation.local.steps": 1, "privacy.noise": "local"},
     )
 )
 register(
@@ -119,17 +122,17 @@ register(
     Method(
         "dp_fedlora",
         "clients noise their own adapter's change, one joint clip (arXiv 2509.09097, corrected)",
-        NO_CODEC | {"privacy.noise": "local"},
+        NO_CODEC | UPDATE_AT_ONCE | {"privacy.noise": "local"},
     )
 )
 register(
     Method(
         "dp_fedlora:published",
-        # Averaged, as in the paper's experiments; it describes stacking too: federation.aggregation=stack.
+        # Averaged, as in most of the paper's experiments; its table has FedAvgM, FedAdagrad, FedYogi and FedAdam too, and it describes
+        # stacking: federation.server.optimizer=fedyogi federation.server.lr=1e-2, federation.aggregation=stack.
         "every matrix of the adapter itself, not of its change, clipped and noised apart (arXiv 2509.09097)",
         NO_CODEC
         | UNSHRUNK
-        | FEDAVG
         | {
             "privacy.noise": "local",
             "privacy.clip.groups": "matrix",
@@ -137,6 +140,7 @@ register(
             "privacy.calibration": "classic",
         },
         PER_MATRIX,
+        FEDAVG,
     )
 )
 register(Method("ffa_lora", "A stays at its start: exact averaging, half the upload (arXiv 2403.12313)", NO_CODEC | {"lora.train": "b"}))
@@ -202,7 +206,9 @@ def apply_method(config: Config, asked: dict[str, Any] | None = None) -> Config:
         raise UserError(f"method={config.method}: expected {base}, which has one form alone")
     one_of("method", config.method, forms or tuple(METHODS))
     config = copy.deepcopy(config)
-    for key, value in METHODS[config.method].parts.items():
+    method = METHODS[config.method]
+    defaults = {key: value for key, value in method.defaults.items() if key not in (asked or {})}
+    for key, value in (method.parts | defaults).items():
         if asked and asked.get(key, value) != value:
             other, fixed = (json.dumps(item).strip('"') for item in (asked[key], value))  # as one writes it in the config: null, true
             raise UserError(f"{key}={other}: method={config.method} fixes {key}={fixed}; leave it out or take another method")
@@ -212,12 +218,13 @@ def apply_method(config: Config, asked: dict[str, Any] | None = None) -> Config:
             part = getattr(part, section)
         setattr(part, name, value)
     settle(config)
-    for key in ("codec.prior", "federation.server.space"):  # what other parts leave no choice about, `settle` has undone
+    for key in ("codec.prior", "codec.decode", "federation.server.space"):  # what other parts leave no choice about, `settle` has undone
         value = operator.attrgetter(key)(config)
         if asked and asked.get(key, value) != value:
             raise UserError(
                 f"{key}={asked[key]}: expected {value} with method={config.method}, codec.family={config.codec.family}, "
-                f"codec.decode={config.codec.decode}, federation.server.optimizer={config.federation.server.optimizer}"
+                f"codec.decode={config.codec.decode}, federation.aggregation={config.federation.aggregation}, "
+                f"federation.server.optimizer={config.federation.server.optimizer}"
             )
     return config
 

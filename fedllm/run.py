@@ -158,7 +158,11 @@ def resolve(config: Config) -> Config:
     fed = config.federation
     if fed.max_cohort is None and config.privacy.unit == "client":
         rounds = fed.rounds + (config.codec.warmup_rounds if config.codec.prior == "moments" else 0)
-        fed.max_cohort = default_max_cohort(fed.clients, sampling_rate(config), rounds, config.privacy.target.delta)
+        if config.privacy.noise == "local" and claim_of(config):
+            # A paper's server averages what its fixed cohort sends, and no further shares of noise; so is its epsilon counted.
+            fed.max_cohort = fed.expected_cohort
+        else:
+            fed.max_cohort = default_max_cohort(fed.clients, sampling_rate(config), rounds, config.privacy.target.delta)
     return config
 
 

@@ -94,6 +94,8 @@ class WarmStartConfig:
 class FederationConfig:
     clients: int = 2000
     expected_cohort: int = 100
+    # Where a larger cohort is cut, and shares of noise in a round; null: a size that is hardly ever exceeded, or with a :published method
+    # whose clients noise their own messages the expected cohort, since papers' cohorts are of one size.
     max_cohort: int | None = None
     # Unit user or example: Poisson rate at which every client samples its own; null: expected_cohort / clients.
     unit_sampling_rate: float | None = None
@@ -124,6 +126,7 @@ class CodecConfig:
     warmup_rounds: int = 2  # stage 1 (prior: moments)
     warmup_public_steps: int = 3  # steps on public text before stage 1: at LoRA's start B = 0 and A's gradient is exactly zero
     fit_steps: int = 200  # auto-encoder
+    fit_lr: float = 1e-3  # of these steps; CG-FedLLM's is 2e-4, over far more steps
     shrink: bool = True  # of a noisy mean code each number by its prior variance, where that is known: free post-processing
     # prior: real, of all examples, on whose raw gradients the codec is fitted (public_examples of them at most): never private
     real_share: float = 0.3

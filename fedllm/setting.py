@@ -51,6 +51,17 @@ def build(config: Config, public_seed: int, adapter: Path | None = None, phase: 
     make_engine = ENGINES[config.engine.name](config)
     data = load_task(config)
     names = data.train.label_names if task.kind != "text" else []
+    words = prompts.label_words(names, task.words) if names else ()  # what these two refuse they refuse before anything takes long
+    partition = make_partition(
+        config.federation.partition.kind,
+        records=len(data.train.texts),
+        clients=config.federation.clients,
+        unit=config.privacy.unit,
+        labels=data.train.labels,
+        users=data.train.users,
+        seed=PARTITION_SEED,
+        alpha=config.federation.partition.alpha,
+    )
     model, tokenizer = load_model(
         config.model.name,
         task.kind,
@@ -71,7 +82,6 @@ def build(config: Config, public_seed: int, adapter: Path | None = None, phase: 
             # LoRA's start changes nothing of what the base writes.
             own = task.generate.model is None
             writer = (lambda: (model.get_base_model(), tokenizer)) if own else (lambda: load_writer(task.generate.model))
-            words = prompts.label_words(names, task.words) if names else ()
             texts, labels = generated.texts(writer, source, task.generate, phase or Display().phase, words)
         else:
             texts, labels = sources.load(task.public, eval_examples=1, labelled=False, text=task.columns.public).train.texts, None
@@ -82,16 +92,6 @@ def build(config: Config, public_seed: int, adapter: Path | None = None, phase: 
     if config.lora.init == "public" and adapter is None:
         fixed = public_start(engine, public, config.codec.public_examples, public_seed)
     train, test = (Encoded(encode(table.texts), _targets(table)) for table in (data.train, data.test))
-    partition = make_partition(
-        config.federation.partition.kind,
-        records=len(train),
-        clients=config.federation.clients,
-        unit=config.privacy.unit,
-        labels=data.train.labels,
-        users=data.train.users,
-        seed=PARTITION_SEED,
-        alpha=config.federation.partition.alpha,
-    )
     return Setting(engine, tokenizer, train, test, public, partition, fixed)
 
 

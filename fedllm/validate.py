@@ -21,5 +21,6 @@ def in_range(key: str, value: float, low: float, high: float = float("inf"), ope
     """Raise UserError unless low <= value <= high (or <, where open)."""
     good = math.isfinite(value) and (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
     if not good:
-        bounds = f"{low:g} {'<' if open_low else '<='} {key}" + ("" if high == float("inf") else f" {'<' if open_high else '<='} {high:g}")
+        bounds = "" if math.isfinite(value) else "a finite number, "
+        bounds += f"{low:g} {'<' if open_low else '<='} {key}" + ("" if high == float("inf") else f" {'<' if open_high else '<='} {high:g}")
         raise UserError(f"{key}={value}: expected {bounds}")

@@ -110,7 +110,7 @@ def fixes(overrides: list[str], key: str) -> bool:
     from fedllm.methods import METHODS
 
     named = [item.partition("=")[2] for item in overrides if item.startswith("method=")]
-    return bool(named) and key in METHODS[named[-1]].parts
+    return bool(named) and key in METHODS[named[-1]].parts | METHODS[named[-1]].defaults
 
 
 # -- tuning --------------------------------------------------------------------------------------------------------------------------
@@ -119,9 +119,11 @@ def fixes(overrides: list[str], key: str) -> bool:
 class Tuning:
     """One number for each cell, by the same procedure: the value of the stated grid with the least held-out loss on another task.
 
-    `tune` of a grid: `key`, `values`, `seed`, `axis` (of tasks) and `tasks`, name -> {for: keys of that axis, overrides}: what stands in
-    for those tasks, of neither whose text it contains; without overrides the axis' own task of that name. By loss, since a task on which
-    every value ends at the commonest label says nothing by accuracy. Choices stand in OUT/tuned.json; finished runs are kept like others.
+    `tune` of a grid: `keys`, config key -> {values, beyond}, of which a variant is tuned by the first that its method leaves open;
+    `seed`, `axis` (of tasks) and `tasks`, name -> {for: keys of that axis, overrides}: what stands in for those tasks, of neither whose
+    text it contains; without overrides the axis' own task of that name. `beyond`: larger values, each tried only where the largest before
+    it is the best, so that no choice is the upper edge of what was stated. By loss, since a task on which every value ends at the
+    commonest label says nothing by accuracy. Choices stand in OUT/tuned.json; finished runs are kept like others.
     """
 
     def __init__(
@@ -133,10 +135,14 @@ class Tuning:
         self.grid, self.run, self.read = grid, run, read
         self.plan = grid.get("tune")
 
+    def key(self, name: str) -> str | None:
+        """The config key that variant `name` is tuned by; None where its method fixes them all."""
+        return next((key for key in self.plan["keys"] if not fixes(self.grid["variants"][name], key)), None)
+
     def trials(self, name: str) -> dict[Any, tuple[str, list[str]]]:
-        """value -> (name, overrides) of the tuning runs that choose for variant `name`; none where its method fixes the key."""
+        """value -> (name, overrides) of the tuning runs that choose for variant `name`; none where its method fixes every key."""
         cell, plan, axes = self.grid["cells"][name], self.plan, self.grid["axes"]
-        if fixes(self.grid["variants"][name], plan["key"]):
+        if (key := self.key(name)) is None:
             return {}
         stand_in = next((task for task, entry in plan["tasks"].items() if cell[plan["axis"]] in entry["for"]), None)
         if stand_in is None:
@@ -145,8 +151,8 @@ class Tuning:
         task = plan["tasks"][stand_in].get("overrides") or axes[plan["axis"]][stand_in]
         overrides = [*task, *(item for axis, key in others.items() for item in axes[axis][key] or [])]
         return {
-            value: (name_of(["tune", stand_in, *others.values(), f"{value:g}"]), [*overrides, f"{plan['key']}={value}"])
-            for value in plan["values"]
+            value: (name_of(["tune", stand_in, *others.values(), f"{value:g}"]), [*overrides, f"{key}={value}"])
+            for value in every(plan["keys"][key])
         }
 
     def twin(self, settings: list[str], seed: int) -> str | None:
@@ -160,33 +166,37 @@ class Tuning:
         """The override that was chosen for a variant, trained for first where that is missing; none where nothing is tuned."""
         if self.plan is None:
             return []
-        found = {}
+        found = self.tried(name, train)
+        return [f"{self.key(name)}={best_of(found)}"] if found else []
+
+    def tried(self, name: str, train: bool) -> dict[Any, Results]:
+        """value -> results of a variant's tuning runs; of the values beyond the stated ones, those that the procedure comes to."""
+        found: dict[Any, Results] = {}
+        beyond = self.plan["keys"].get(self.key(name), {}).get("beyond", [])
         for value, (trial, overrides) in self.trials(name).items():
+            if value in beyond and (not found or best_of(found) != max(found)):
+                break
             results = self.run(trial, overrides, self.plan["seed"]) if train else self.read(trial, self.plan["seed"])
             if results is not None:
                 found[value] = results
-        if not found:
-            return []
-        return [f"{self.plan['key']}={min(found, key=lambda value: (found[value]['loss'], -found[value]['accuracy']))}"]
+        return found
 
     def report(self) -> dict[str, Any]:
-        """What was chosen and what it cost: {key, values, choices: {tuned: {for, loss by value, chosen, seconds}}, runs, seconds}."""
+        """What was chosen and what it cost: {values by key, choices: {tuned: {for, key, loss, chosen, seconds}}, runs, seconds}."""
         choices: dict[str, Any] = {}
         for name in chosen(self.grid, []):
             trials = self.trials(name)
-            found = {value: results for value, (trial, _) in trials.items() if (results := self.read(trial, self.plan["seed"]))}
-            if found:
-                picked = self.choose(name, train=False)[0].partition("=")[2]
+            if found := self.tried(name, train=False):
                 entry = choices.setdefault(next(iter(trials.values()))[0].rpartition("-")[0], {"for": []})
                 entry["for"].append(name)
                 entry |= {
+                    "key": self.key(name),
                     "loss": {f"{value:g}": results["loss"] for value, results in found.items()},
-                    "chosen": float(picked),
+                    "chosen": best_of(found),
                     "seconds": sum(results["seconds"]["total"] for results in found.values()),
                 }
         return {
-            "key": self.plan["key"],
-            "values": self.plan["values"],
+            "values": {key: every(ladder) for key, ladder in self.plan["keys"].items()},
             "choices": choices,
             "runs": sum(len(entry["loss"]) for entry in choices.values()),
             "seconds": sum(entry["seconds"] for entry in choices.values()),
@@ -198,3 +208,13 @@ class Tuning:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
         return report
+
+
+def best_of(found: dict[Any, Results]) -> Any:
+    """The value whose run has the least loss; of two with the same, the one of higher accuracy."""
+    return min(found, key=lambda value: (found[value]["loss"], -found[value]["accuracy"]))
+
+
+def every(ladder: dict[str, Any]) -> list[Any]:
+    """The values of a key, those beyond the stated ones last."""
+    return [*ladder["values"], *ladder.get("beyond", [])]

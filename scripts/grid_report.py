@@ -200,13 +200,14 @@ def with_interval(value: dict[str, Any] | None) -> str:
 
 def tuning_text(tuned: dict[str, Any]) -> str:
     """What was chosen for whom, and what it cost."""
-    values = [f"{value:g}" for value in tuned["values"]]
+    keys = [key for key in tuned["values"] if any(entry["key"] == key for entry in tuned["choices"].values())]
+    values = [f"{value:g}" for value in sorted({value for key in keys for value in tuned["values"][key]})]
     lines = [
-        [name, *(f"{entry['loss'][value]:.3f}" if value in entry["loss"] else "" for value in values), f"{entry['chosen']:g}"]
+        [name, entry["key"], *(f"{entry['loss'][value]:.3f}" if value in entry["loss"] else "" for value in values), f"{entry['chosen']:g}"]
         for name, entry in tuned["choices"].items()
     ]
-    cost = f"{tuned['key']} by held-out loss on another task: {tuned['runs']} runs, {tuned['seconds']:.0f} s in all."
-    return f"{table(['tuned', *values, 'chosen'], lines)}\n\n{cost}"
+    cost = f"{' or '.join(keys)} by held-out loss on another task: {tuned['runs']} runs, {tuned['seconds']:.0f} s in all."
+    return f"{table(['tuned', 'by', *values, 'chosen'], lines)}\n\n{cost}"
 
 
 def write_report(grid: dict[str, Any], rows: list[Row], tuned: dict[str, Any] | None, out: Path) -> list[Path]:

@@ -100,7 +100,13 @@ tell() {
     local file=/dev/null
     if [ ${#done_runs[@]} -gt 0 ]; then file=$runs/table.md; fi
     "$python" scripts/reproduce_table.py "$paper" ${done_runs[@]+"${done_runs[@]}"} | tee "$file"
-    if [ "$size" = full ] && [ ${#done_runs[@]} -gt 0 ]; then
-        echo "Question benchmarks, where the paper states them: $fedllm evaluate RUN --tasks mmlu (bash scripts/setup.sh eval)"
+    local benchmarks=
+    case $paper in
+        dr_encoder | cg_fedllm) benchmarks=mmlu,ceval-valid ;;
+        dp_lora) benchmarks=boolq,piqa,winogrande ;;
+        dp_fedlora) benchmarks=mmlu,bbh,bigbench_crass_ai_multiple_choice ;;
+    esac
+    if [ "$size" = full ] && [ ${#done_runs[@]} -gt 0 ] && [ -n "$benchmarks" ]; then
+        echo "The paper's question benchmarks: $fedllm evaluate RUN --tasks $benchmarks (bash scripts/setup.sh eval)"
     fi
 }

@@ -230,7 +230,7 @@ def step(
         begun = time.perf_counter()
         try:
             prior = prior_of(candidate, config, layout, cohorts, rows, number)
-            options = {"steps": config.codec.fit_steps}
+            options = {"steps": config.codec.fit_steps, "learning_rate": config.codec.fit_lr}
             if candidate.family == "chain":
                 options["parts"] = tuple(config.codec.parts)
             candidate.codec = CODECS[candidate.family].fit(prior, layout, candidate.size, noise / expected, number, **options)

@@ -165,6 +165,42 @@ def test_a_wrong_type_names_the_key(override, key, empty):
     assert key in refusal(empty, override)
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed=abc", "a whole number"),
+        ("lora.r=2,4", "a whole number"),
+        ("federation.server.lr=fast", "a number"),
+        ("privacy.enabled=maybe", "true or false"),
+        ("lora.targets=q_proj", "a list in brackets, such as [q_proj,v_proj]"),
+        ("federation.server.betas=3", "a list of numbers in brackets, such as [0.9,0.999]"),
+    ],
+)
+def test_a_wrong_type_says_where_and_what_would_be_right(override, expected, empty, write):
+    assert refusal(empty, override) == f"command line: {override}: expected {expected}"
+    key, value = override.split("=")
+    nested = f"{key.rpartition('.')[2]}: {value}"
+    for section in reversed(key.split(".")[:-1]):
+        nested = f"{section}: {{{nested}}}"
+    path = write(nested.replace("2,4", '"2,4"'), "file.yaml")
+    assert refusal(path) == f"{path}: {override}: expected {expected}"
+
+
+def test_no_value_below_a_section_says_which_key(empty):
+    assert refusal(empty, "privacy=false") == "command line: privacy expected a mapping, got False; set privacy.enabled, say"
+
+
+def test_epsilon_infinity_says_how_to_train_without_privacy(empty):
+    assert "privacy.enabled=false trains without privacy" in refusal(empty, "privacy.target.epsilon=inf")
+    assert refusal(empty, "federation.server.lr=inf") == "federation.server.lr=inf: expected a finite number, 0 < federation.server.lr"
+
+
+def test_clients_by_a_column_need_its_name_before_anything_is_loaded(empty):
+    told = refusal(empty, "federation.partition.kind=column")
+    assert told.endswith("expected task.columns.user, the column that names the client, got null")
+    assert refusal(empty, "lora.targets=[]").startswith("lora.targets=[]: expected the names")
+
+
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "a: [1, 2", "a: b: c", "\x00", "seed: ${nowhere.to.be.found}"])
 def test_a_file_that_is_no_config_is_one_line(text, write):
     assert "config.yaml" in refusal(write(text))

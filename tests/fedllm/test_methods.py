@@ -184,6 +184,39 @@ def test_the_state_that_is_sent_is_noise(configured, tmp_path):
     assert norm == pytest.approx(SIGMA * math.sqrt(size / 40), rel=0.15)  # mean of 40 messages: their noise, and hardly anything else
 
 
+def test_a_published_round_has_the_noise_of_its_cohort_and_no_more(configured, tmp_path):
+    """Of ten in forty: ten shares of noise, not those of the largest cohort that can be expected."""
+    few = [*LOUD, "federation.expected_cohort=10"]
+    run.train(configured("run", "method=dp_fedlora:published", *few))
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    norm = math.sqrt(sum(float(value.double().square().sum()) for value in saved.values()))
+    assert norm == pytest.approx(SIGMA * math.sqrt(sum(value.numel() for value in saved.values()) / 10), rel=0.15)
+    _, entries = read_ledger(tmp_path / "run" / "ledger.jsonl")
+    assert {(entry["max_cohort"], entry["shares"]) for entry in entries} == {(10, 10)}
+    assert all(run.resolve(configured("x", f"method={name}", *few)).federation.max_cohort > 20 for name in ("dp_fedlora", "dr_encoder"))
+
+
+def test_what_a_method_sets_by_default_may_be_asked_for_otherwise(configured, tmp_path):
+    """DP-FedLoRA's table has other server optimisers than its average; a config file's own is not meant."""
+    assert configured("plain", "method=dp_fedlora:published").federation.server.optimizer == "fedavg"
+    asked = ["federation.server.optimizer=fedyogi", "federation.server.lr=1e-2", "seed=3", *SMALL_STEPS]
+    config = configured("run", "method=dp_fedlora:published", *asked)
+    server = config.federation.server
+    assert (server.optimizer, server.lr, server.schedule) == ("fedyogi", 1e-2, "constant")
+    run.train(config)
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.isfinite(value).all() for value in saved.values())
+    with pytest.raises(UserError, match=r"^federation\.server\.optimizer=adam: method=flora fixes federation\.server\.optimizer=fedavg;"):
+        configured("other", "method=flora", "federation.server.optimizer=adam")
+
+
+def test_a_corrected_form_clips_the_update_at_once(configured):
+    for method in ("dp_lora", "dp_fedlora"):
+        for asked in ("privacy.clip.groups=matrix", "privacy.clip.of=state"):
+            with pytest.raises(UserError, match=f"^{asked}: method={method} fixes privacy.clip"):
+                configured("other", f"method={method}", asked)
+
+
 def test_stacked_it_is_the_mean_of_products_of_noise(configured, tmp_path):
     run.train(configured("run", "method=dp_fedlora:published", "federation.aggregation=stack", "federation.rounds=1", *LOUD))
     found = products(load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors"))

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,7 @@ AXES = {
 }
 TUNE = {
     "axis": "task",
-    "key": "federation.server.lr",
-    "values": [0.01, 0.1],
+    "keys": {"federation.server.lr": {"values": [0.01, 0.1]}},
     "seed": 11,
     "tasks": {"third": {"for": ["one", "two"], "overrides": ["task.source=three"]}},
 }
@@ -102,12 +100,46 @@ def test_a_tuning_run_on_a_task_of_the_grid_is_that_tasks_run(axes, load):
     assert axes.Tuning(load(tune=TUNE), None, None).twin(overrides, 11) is None
 
 
+@pytest.mark.parametrize(
+    ("loss", "tried", "best"),
+    [
+        ({0.01: 3, 0.1: 4}, [0.01, 0.1], 0.01),
+        ({0.01: 3, 0.1: 2, 1: 4}, [0.01, 0.1, 1], 0.1),
+        ({0.01: 3, 0.1: 2, 1: 1, 10: 0}, [0.01, 0.1, 1, 10], 10),
+    ],
+)
+def test_a_value_beyond_is_tried_where_the_largest_before_it_is_the_best(axes, load, loss, tried, best):
+    trained = {}
+
+    def run(name, overrides, seed):
+        trained[name] = {"accuracy": 0.7, "loss": loss[float(overrides[-1].partition("=")[2])], "seconds": {"total": 5}}
+        return trained[name]
+
+    tune = TUNE | {"keys": {"federation.server.lr": {"values": [0.01, 0.1], "beyond": [1, 10]}}}
+    tuning = axes.Tuning(load(tune=tune), run, lambda name, seed: trained.get(name))
+    assert tuning.choose("one-dp_lora-eps3", train=True) == [f"federation.server.lr={best:g}"]
+    assert list(trained) == [f"tune-third-dp_lora-eps3-{value:g}" for value in tried]
+    report = tuning.report()
+    assert report["values"] == {"federation.server.lr": [0.01, 0.1, 1, 10]}
+    assert report["choices"]["tune-third-dp_lora-eps3"] == {
+        "for": ["one-dp_lora-eps3", "two-dp_lora-eps3"],
+        "key": "federation.server.lr",
+        "loss": {f"{value:g}": loss[value] for value in tried},
+        "chosen": best,
+        "seconds": 5 * len(tried),
+    }
+
+
 def test_what_a_method_fixes_is_not_tuned(axes, load):
     methods = {"flora": ["method=flora"], "fedit": ["method=fedit"]}
     tuning = axes.Tuning(load(tune=TUNE, axes=AXES | {"method": methods}, skip=[], same={}), None, lambda name, seed: None)
     assert tuning.trials("one-flora-inf") == {} and tuning.choose("one-flora-inf", train=True) == []
     assert len(tuning.trials("one-fedit-inf")) == 2
     assert tuning.report()["runs"] == 0
+    local = {"keys": TUNE["keys"] | {"federation.local.lr": {"values": [1]}}}
+    tuning = axes.Tuning(load(tune=TUNE | local, axes=AXES | {"method": methods}, skip=[], same={}), None, None)
+    assert [overrides[-1] for _, overrides in tuning.trials("one-flora-inf").values()] == ["federation.local.lr=1"]
+    assert tuning.key("one-fedit-inf") == "federation.server.lr"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "grids").glob("*.yaml")))
@@ -121,7 +153,8 @@ def test_no_grid_asks_for_what_its_method_fixes(axes, name):
         cells += [overrides for cell in axes.chosen(grid, []) for _, overrides in tuning.trials(cell).values()]
     for overrides in cells:
         asked = dict(item.split("=", 1) for item in [*grid.get("common", []), *overrides])
-        parts = METHODS[asked.get("method", "dr_encoder")].parts
+        method = METHODS[asked.get("method", "dr_encoder")]
+        parts = method.parts | method.defaults
         assert {key: yaml.safe_load(value) for key, value in asked.items() if key in parts} == {
             key: parts[key] for key in parts if key in asked
         }
@@ -136,7 +169,7 @@ def test_cells_of_the_method_grids_are_configs_tuned_on_other_text(axes, name):
     names = axes.chosen(grid, [])
     for cell in names[:: len(names) // 9]:  # of every task and most methods; a config takes a third of a second
         config = load_config(ROOT / grid["config"], [*grid["common"], *grid["variants"][cell]])
-        assert len(set(tuning.trials(cell))) == (0 if axes.fixes(grid["variants"][cell], "federation.server.lr") else 3)
+        assert len(set(tuning.trials(cell))) == 5
         for _, overrides in list(tuning.trials(cell).values())[:1]:
             trial = load_config(ROOT / grid["config"], [*grid["common"], *overrides])
             assert config.task.source not in (trial.task.source, trial.task.public)
@@ -153,17 +186,18 @@ def test_a_run_of_another_process_is_waited_for(axes, load, tmp_path, monkeypatc
     runner = grid.Runner(load(config=str(ROOT / "configs/quickstart.yaml")) | {"kept": None})
     where = runner.folder("one-fedit-inf", 1)
     where.mkdir(parents=True)
+    flock = fcntl.flock
     with open(where.parent / f".{where.name}.lock", "w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+        flock(other, fcntl.LOCK_EX)
 
-        def finish():
-            (where / "results.json").write_text('{"accuracy": 0.5, "accuracy_before": 0.4, "loss_before": 1.0}')
-            fcntl.flock(other, fcntl.LOCK_UN)
+        def finished_meanwhile(file, how):
+            if how == fcntl.LOCK_EX:  # it would wait now
+                (where / "results.json").write_text('{"accuracy": 0.5, "accuracy_before": 0.4, "loss_before": 1.0}')
+                flock(other, fcntl.LOCK_UN)
+            flock(file, how)
 
-        timer = threading.Timer(1.0, finish)
-        timer.start()
+        monkeypatch.setattr(fcntl, "flock", finished_meanwhile)
         assert runner.run("one-fedit-inf", ["method=fedit"], 1)["accuracy"] == 0.5  # read after the wait, not trained
-        timer.join()
     assert capsys.readouterr().err.count("waiting for it") == 1
 
 
