@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from fedllm import real, run
 from fedllm.cli.privacy.report import report_rows, run_report
@@ -127,6 +127,41 @@ class TestConformance:
             for section in reversed(key.split(".")):
                 value = {section: value}
             check_keys(value, Config, method)
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny, tmp_path_factory):
+    """Config keys of a random BERT of two layers that classifies the tiny task's text; its head trains too."""
+    folder = tmp_path_factory.mktemp("encoder") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **size)).save_pretrained(folder)
+    return [f"model.name={folder}", "task.kind=classify", "lora.targets=[query,value]"]
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_on_an_encoder_with_a_head_and_against_the_server(method, encoder, configured, monkeypatch):
+    built, real = [], run.build
+    monkeypatch.setattr(run, "build", lambda *args, **kwargs: built.append(real(*args, **kwargs)) or built[-1])
+    alone = method.endswith(":published") or method in ("ew_tune", "fedit")  # a claim of their own, a trusted server, no promise
+    bound = [] if alone else ["privacy.target.adversary=server"]
+    config = configured("run", f"method={method}", *SEEDED, *NEEDS.get(method, []), *encoder, *bound)
+    results, folder = run.train(config), run.Path(config.output_dir)
+    start = build(run.resolve(config), config.seed).engine.parameters
+    now = dict(built[0].engine.model.named_parameters())
+    changed = {kind_of(name) for name, value in start.items() if not torch.equal(value, now[name])}
+    assert changed == {kind_of(name) for name in start} - RESTARTED.get(method, set())
+    assert any("classifier" in name for name in start)
+    ids = torch.tensor([[5, 9, 2, 7], [1, 3, 3, 8]])
+    fresh = build(run.resolve(config), config.seed, adapter=folder / "adapter").engine.model.eval()
+    with torch.no_grad():
+        trained = built[0].engine.model.eval()(input_ids=ids).logits
+        assert torch.allclose(fresh(input_ids=ids).logits, trained, atol=1e-5)
+    if bound:
+        assert 7.9 < results["epsilon"]["server"]["epsilon"] <= 8.0
+        assert results["epsilon"]["release"]["epsilon"] <= results["epsilon"]["server"]["epsilon"]
 
 
 def test_every_published_form_stands_beside_a_corrected_one():
