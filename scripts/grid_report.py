@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grid_axes import reference_of
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from fedllm.formats import bytes_text, claim_text, epsilon_text
 
@@ -88,7 +88,7 @@ def interval(values: list[float]) -> dict[str, Any]:
     if len(values) < 2:
         return {"mean": mean, "half_width": None}
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return {"mean": mean, "half_width": float(student.ppf(0.975, len(values) - 1)) * spread / math.sqrt(len(values))}
+    return {"mean": mean, "half_width": float(stdtrit(len(values) - 1, 0.975)) * spread / math.sqrt(len(values))}
 
 
 def markdown(grid: dict[str, Any], rows: list[Row]) -> str:
