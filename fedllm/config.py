@@ -45,7 +45,9 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given, extra))
     except (OmegaConfBaseException, TypeError) as error:  # TypeError: a mapping where the file has a list
         raise UserError(_wrong_type(error, path, given, extra)) from None
-    config = apply_method(config, {key: operator.attrgetter(key)(config) for key in dotted(OmegaConf.to_container(extra))})
+    asked = {key: operator.attrgetter(key)(config) for key in dotted(OmegaConf.to_container(extra))}
+    own = dotted(OmegaConf.to_container(given)) if given.get("method") == config.method else ()
+    config = apply_method(config, asked, own)
     check(config)
     return config
 

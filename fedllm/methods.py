@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ class Method:
     name: as papers call it; `name:variant` for another form of it. `:published` is the mechanism to the letter, the plain name the
     corrected one.
     parts: config keys the method fixes, `section.key` -> value; all else stays the user's.
-    defaults: config keys that it sets like `parts`, but that somebody may ask for otherwise by name.
+    defaults: config keys that it sets like `parts`, but that somebody may ask for otherwise: by name, or in a file that names the method.
     claim: how the paper gets the epsilon that it states, for a method that is held to this figure; None: to the true one.
     """
 
@@ -193,11 +194,12 @@ register(
 )
 
 
-def apply_method(config: Config, asked: dict[str, Any] | None = None) -> Config:
+def apply_method(config: Config, asked: dict[str, Any] | None = None, own: Collection[str] = ()) -> Config:
     """The config with the parts that its method fixes.
 
     asked: config keys, `section.key` -> value, that somebody asked for by name: these a method may not replace. What stands in a config
-    file it does replace, so that one file serves every method.
+    file it does replace, so that one file serves every method. own: keys of a file that names this very method, such as a run's own
+    config.yaml: its defaults do not replace these.
     Raises UserError for a method, or a variant of one, that does not exist, and for a key asked for that it fixes otherwise.
     """
     base = config.method.partition(":")[0]
@@ -207,7 +209,7 @@ def apply_method(config: Config, asked: dict[str, Any] | None = None) -> Config:
     one_of("method", config.method, forms or tuple(METHODS))
     config = copy.deepcopy(config)
     method = METHODS[config.method]
-    defaults = {key: value for key, value in method.defaults.items() if key not in (asked or {})}
+    defaults = {key: value for key, value in method.defaults.items() if key not in (asked or {}) and key not in own}
     for key, value in (method.parts | defaults).items():
         if asked and asked.get(key, value) != value:
             other, fixed = (json.dumps(item).strip('"') for item in (asked[key], value))  # as one writes it in the config: null, true

@@ -241,6 +241,9 @@ def test_what_a_method_sets_by_default_may_be_asked_for_otherwise(configured, tm
     run.train(config)
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(torch.isfinite(value).all() for value in saved.values())
+    own = tmp_path / "run" / "config.yaml"  # what the run goes on with when it is taken up again
+    assert load_config(own) == run.resolve(config)
+    assert load_config(own, ["method=dp_fedlora:published", "seed=3"]) == run.resolve(config)
     with pytest.raises(UserError, match=r"^federation\.server\.optimizer=adam: method=flora fixes federation\.server\.optimizer=fedavg;"):
         configured("other", "method=flora", "federation.server.optimizer=adam")
 
